@@ -1,0 +1,151 @@
+"""Checkpoints of everything a step reads, by Orbax, written in the background.
+
+    run/checkpoints/<step>/   params  ema  optimizer  counters  meta
+
+Each is an item of its own, so that parameters can be restored alone and onto any mesh.
+`meta` holds the step, the config, the normalisation and the site. A checkpoint appears
+under its name only once it is whole; one torn by a kill is never chosen.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from sae_jax import config as configs
+from sae_jax import optim
+from sae_jax import state as states
+from sae_jax.config import TrainConfig
+from sae_jax.normalize import Normalization
+from sae_jax.state import Setup, TrainState
+
+FOLDER = "checkpoints"
+_ITEMS = ("params", "ema", "optimizer", "counters")
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What a checkpoint says about itself."""
+
+    step: int
+    config: TrainConfig
+    normalization: Normalization
+    site: str
+
+    def setup(self, mesh: Mesh) -> Setup:
+        """The run of this checkpoint, on another mesh perhaps."""
+        return Setup(self.config, self.normalization, mesh, self.site)
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(
+        self, workdir: str | Path, kept: int = 1, is_read_only: bool = False
+    ):
+        self.directory = (Path(workdir) / FOLDER).absolute()
+        if is_read_only:
+            options = ocp.CheckpointManagerOptions(create=False)
+        else:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=kept, cleanup_tmp_directories=True
+            )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    @property
+    def latest_step(self) -> int | None:
+        """The step of the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, setup: Setup) -> None:
+        """Starts writing the state after `step` steps; returns before it is done."""
+        meta = {
+            "step": step,
+            "config": json.loads(configs.to_json(setup.config)),
+            "normalization": dataclasses.asdict(setup.normalization),
+            "site": setup.site,
+        }
+        items: dict[str, Any] = {
+            name: ocp.args.StandardSave(_as_tree(getattr(state, name)))
+            for name in _ITEMS
+        }
+        self._manager.save(
+            step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items)
+        )
+
+    def restore(self, step: int, setup: Setup) -> TrainState:
+        """The state after `step` steps, placed as `setup` says."""
+        target = states.abstract(setup)
+        items: dict[str, Any] = {
+            name: ocp.args.StandardRestore(_as_tree(getattr(target, name)))
+            for name in _ITEMS
+        }
+        trees = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return TrainState(
+            **{n: _like(getattr(target, n), trees[n]) for n in _ITEMS}
+        )
+
+    def restore_params(self, step: int, setup: Setup, weights: str) -> optim.Params:
+        """Parameters alone: `raw` as trained, or `ema`, their average."""
+        target = states.abstract(setup).params
+        item = {"raw": "params", "ema": "ema"}[weights]
+        trees = self._manager.restore(
+            step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
+        )
+        if weights == "raw":
+            return trees[item]
+        decay = setup.config.optimizer.ema_decay
+        return optim.ema_read(trees[item], decay, step, setup.unit_norm)
+
+    def meta(self, step: int) -> Meta:
+        """What the checkpoint of this step says about itself."""
+        read = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        raw = self._manager.restore(step, args=read)["meta"]
+        source = self.directory / str(step)
+        return Meta(
+            step=raw["step"],
+            config=configs.from_json(TrainConfig, json.dumps(raw["config"]), source),
+            normalization=Normalization(**raw["normalization"]),
+            site=raw["site"],
+        )
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def check_space(workdir: str | Path, setup: Setup) -> None:
+    """Raises OSError when the disk cannot hold the checkpoints of this run."""
+    one = sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states.abstract(setup))
+    )
+    needed = one * (setup.config.checkpoints_kept + 1)  # the new one beside the old
+    free = shutil.disk_usage(workdir).free
+    if needed > free:
+        raise OSError(
+            f"{workdir}: checkpoints need {needed / 1e6:,.0f} MB "
+            f"({setup.config.checkpoints_kept} kept and one being written), but "
+            f"{free / 1e6:,.0f} MB are free: make room, or lower checkpoints_kept"
+        )
+
+
+def _as_tree(item: Any) -> dict[str, Any]:
+    """A flat dictionary by path: plain containers outlive the classes of today."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(item)
+    return {_name(path): leaf for path, leaf in leaves}
+
+
+def _like(target: Any, tree: dict[str, Any]) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: tree[_name(path)], target)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")

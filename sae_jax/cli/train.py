@@ -1,0 +1,43 @@
+"""Train one SAE on an activation store, or go on with an interrupted run.
+
+    sae-jax train --config=experiments/quickstart.py --workdir=run/
+    sae-jax train --config=experiments/quickstart.py --config.sae.k=64 --workdir=k64/
+
+The config file has a `get_config()` that returns a sae_jax.config.TrainConfig; every
+field can be overridden by its dotted name. The same command resumes after a kill.
+"""
+
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from sae_jax.loop import train
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "file with get_config(), and --config.FIELD=VALUE overrides"
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "the run folder, made if missing")
+_PROFILE_STEPS = flags.DEFINE_list(
+    "profile_steps", None, "profile the steps FIRST,STOP (STOP not included)"
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Checks the flags and trains."""
+    if len(argv) > 1:
+        raise ValueError(f"unexpected argument {argv[1]!r}: give flags only")
+    for flag in (_CONFIG, _WORKDIR):
+        if flag.value is None:
+            raise ValueError(f"--{flag.name} is required; see sae-jax train --help")
+    train(_CONFIG.value, _WORKDIR.value, profile_steps=_profile_steps())
+    print(f"trained: {_WORKDIR.value}")
+
+
+def _profile_steps() -> tuple[int, int] | None:
+    if _PROFILE_STEPS.value is None:
+        return None
+    first, stop = (int(number) for number in _PROFILE_STEPS.value)
+    if not 0 < first < stop:
+        raise ValueError(f"--profile_steps={first},{stop}: wants 0 < FIRST < STOP")
+    return first, stop

@@ -1,0 +1,232 @@
+"""Training, told from top to bottom.
+
+    open store -> check everything -> new state, or the last checkpoint
+    -> for each step: next batch, dispatch, look at the step before
+    -> checkpoint now and then -> final checkpoint
+
+The loop dispatches step n and only then waits for step n - 1: the device always has
+work, and never more than one step is in flight.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from sae_jax import checkpoint, loader, state
+from sae_jax import config as configs
+from sae_jax import mesh as meshes
+from sae_jax.checkpoint import Checkpoints
+from sae_jax.config import TrainConfig
+from sae_jax.progress import Progress
+from sae_jax.run import CONFIG_FILE, METRICS_FILE
+from sae_jax.state import Setup, TrainState
+from sae_jax.step import Metrics, make_step, validate
+from sae_jax.store import Store, open_store
+from sae_jax.writers import JsonLinesWriter, TensorBoardWriter, Writer, Writers
+
+_SAMPLE_ROWS = 8192  # enough for the median and the variance of a site
+
+# A resumed run may change these; any other difference would make it another run.
+_MAY_CHANGE = ("mesh.", "log_every_steps", "checkpoint", "data.store")
+
+
+class NonFiniteLoss(FloatingPointError):
+    """Training met a value that is not finite, and stopped."""
+
+
+def train(
+    config: TrainConfig,
+    workdir: str | Path,
+    writer: Writer | None = None,
+    profile_steps: tuple[int, int] | None = None,
+) -> TrainState:
+    """Trains one SAE, or goes on with the run in `workdir`.
+
+    Args:
+        config: the run.
+        workdir: the run folder; see README.md for what it will hold.
+        writer: also gets the metrics, beside `metrics.jsonl` and TensorBoard.
+        profile_steps: profiles the steps from the first up to the second number.
+
+    Returns:
+        The final state.
+
+    Raises:
+        ValueError: a bad config, store or mesh; nothing was started.
+        NonFiniteLoss: the loss is not finite; names step, term and last checkpoint.
+    """
+    workdir = Path(workdir)
+    store = open_store(config.data.store)
+    mesh = meshes.make_mesh(config.mesh)
+    setup = validate(config, mesh, store)
+    _claim(workdir, setup)
+    checkpoint.check_space(workdir, setup)
+
+    checkpoints = Checkpoints(workdir, config.checkpoints_kept)
+    start, train_state = _start_or_resume(setup, store, checkpoints)
+    writers = _open_writers(workdir, start, writer)
+    batches = loader.train_batches(
+        store,
+        setup.site,
+        setup.config.data,
+        mesh,
+        config.seed,
+        start,
+        config.n_steps - start,
+    )
+    try:
+        profile = _Profile(workdir / "profile", profile_steps)
+        return _run(setup, train_state, start, batches, checkpoints, writers, profile)
+    finally:
+        checkpoints.close()
+        writers.close()
+
+
+def _run(
+    setup: Setup,
+    train_state: TrainState,
+    start: int,
+    batches: Iterator[jax.Array],
+    checkpoints: Checkpoints,
+    writers: Writer,
+    profile: "_Profile",
+) -> TrainState:
+    config = setup.config
+    train_step = make_step(setup)
+    report = _Report(setup, start, writers, checkpoints)
+    pending: tuple[int, Metrics] | None = None
+    for step in range(start + 1, config.n_steps + 1):
+        profile.at(step)
+        acts_bd = next(batches)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            train_state, metrics = train_step(train_state, acts_bd)
+        if pending:
+            report.step(*pending)
+        pending = (step, metrics)
+        if step % config.checkpoint_every_steps == 0 or step == config.n_steps:
+            report.step(*pending)  # a state is saved only once its loss was seen
+            pending = None
+            checkpoints.save(step, train_state, setup)
+    checkpoints.wait()
+    report.close()
+    return train_state
+
+
+class _Report:
+    """Looks at every step's scalars: refuses what is not finite, writes some."""
+
+    def __init__(
+        self, setup: Setup, start: int, writers: Writer, checkpoints: Checkpoints
+    ):
+        self._config = setup.config
+        self._learning_rate = configs.learning_rate(setup.config)
+        self._writers = writers
+        self._checkpoints = checkpoints
+        self._progress = Progress(
+            setup.config.n_steps * setup.config.data.batch_rows, "rows", "train"
+        )
+        self._last = (start, time.monotonic())
+
+    def step(self, step: int, metrics: Metrics) -> None:
+        scalars = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        self._refuse_non_finite(step, scalars)
+        rows = step * self._config.data.batch_rows
+        self._progress.update(
+            rows, nmse=scalars["nmse"], l0=scalars["l0"], n_dead=scalars["n_dead"]
+        )
+        is_last = step == self._config.n_steps
+        if step % self._config.log_every_steps and not is_last:
+            return
+        last_step, last_time = self._last
+        now = time.monotonic()
+        self._last = (step, now)
+        rate = (step - last_step) * self._config.data.batch_rows / (now - last_time)
+        self._writers.write(
+            step,
+            {"rows": rows}
+            | scalars
+            | {"learning_rate": self._learning_rate, "rows_per_second": rate},
+        )
+
+    def close(self) -> None:
+        self._progress.close()
+
+    def _refuse_non_finite(self, step: int, scalars: dict[str, float]) -> None:
+        bad = [name for name, value in scalars.items() if not math.isfinite(value)]
+        if not bad:
+            return
+        self._checkpoints.wait()
+        good = self._checkpoints.latest_step
+        where = f"{self._checkpoints.directory / str(good)}" if good else "none yet"
+        raise NonFiniteLoss(
+            f"step {step}: {', '.join(f'{n} = {scalars[n]}' for n in bad)}; "
+            f"last good checkpoint: {where}"
+        )
+
+
+class _Profile:
+    """Traces a window of steps into a folder that xprof and TensorBoard read."""
+
+    def __init__(self, directory: Path, steps: tuple[int, int] | None):
+        self._directory = directory
+        self._first, self._stop = steps or (0, 0)
+
+    def at(self, step: int) -> None:
+        if self._first == self._stop:
+            return
+        if step == self._first:
+            jax.profiler.start_trace(str(self._directory))
+        elif step == self._stop:
+            jax.profiler.stop_trace()
+
+
+def _claim(workdir: Path, setup: Setup) -> None:
+    """Makes the run folder; refuses to go on with a run of another config."""
+    path = workdir / CONFIG_FILE
+    text = configs.to_json(setup.config)
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        for name, was, now in _differences(old, json.loads(text)):
+            if not name.startswith(_MAY_CHANGE):
+                raise ValueError(
+                    f"{path}: this run has {name} = {was!r}, now {now!r} is asked: "
+                    "resume with the same config, or choose another workdir"
+                )
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _differences(old: dict, new: dict, prefix: str = "") -> list[tuple]:
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        was, now = old.get(name), new.get(name)
+        if isinstance(was, dict) and isinstance(now, dict):
+            found += _differences(was, now, f"{prefix}{name}.")
+        elif was != now:
+            found.append((prefix + name, was, now))
+    return found
+
+
+def _start_or_resume(
+    setup: Setup, store: Store, checkpoints: Checkpoints
+) -> tuple[int, TrainState]:
+    step = checkpoints.latest_step
+    if step is not None:
+        return step, checkpoints.restore(step, setup)
+    sample = loader.sample_rows(store, setup.site, _SAMPLE_ROWS, setup.config.seed)
+    return 0, state.create(setup, sample)
+
+
+def _open_writers(workdir: Path, start: int, extra: Writer | None) -> Writers:
+    writers: list[Writer] = [
+        JsonLinesWriter(workdir / METRICS_FILE, start),
+        TensorBoardWriter(workdir / "tensorboard", start),
+    ]
+    return Writers(writers + ([extra] if extra else []))

@@ -1,0 +1,54 @@
+"""The device mesh: two axes, `data` (rows of a batch) and `latent` (rows of W).
+
+Everything that says where an array lives is said with these two names, here and in
+the specs beside each parameter. Axes are `Auto`: outside `jax.shard_map` the compiler
+places what has no spec.
+"""
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sae_jax.config import MeshConfig
+
+DATA = "data"
+LATENT = "latent"
+
+
+def make_mesh(config: MeshConfig | None = None) -> Mesh:
+    """A (data, latent) mesh over all devices.
+
+    Raises:
+        ValueError: the devices do not divide as the config says.
+    """
+    config = config or MeshConfig()
+    n_devices = len(jax.devices())
+    n_latent = config.latent or max(1, n_devices // config.data)
+    if config.data * n_latent > n_devices or n_devices % config.data:
+        raise ValueError(
+            f"a mesh of mesh.data = {config.data} by mesh.latent = {n_latent} does not "
+            f"fit {n_devices} device(s); their product must be at most, and mesh.data "
+            "must divide, the number of devices"
+        )
+    devices = jax.devices()[: config.data * n_latent]
+    return _mesh((config.data, n_latent), devices)
+
+
+def single_device_mesh() -> Mesh:
+    """A (1, 1) mesh on the first local device."""
+    return _mesh((1, 1), jax.local_devices()[:1])
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the data axis, every latent shard holding all columns."""
+    return NamedSharding(mesh, PartitionSpec(DATA, None))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _mesh(shape: tuple[int, int], devices: list[jax.Device]) -> Mesh:
+    return jax.make_mesh(
+        shape, (DATA, LATENT), axis_types=(AxisType.Auto,) * 2, devices=devices
+    )

@@ -1,0 +1,67 @@
+"""The run folder: what a run leaves behind, and opening its SAE.
+
+    config.json  metrics.jsonl  tensorboard/  checkpoints/<step>/
+    evaluation.json  report.html
+"""
+
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from sae_jax import config as configs
+from sae_jax import mesh as meshes
+from sae_jax.checkpoint import FOLDER, Checkpoints
+from sae_jax.config import TrainConfig, nearest_name
+from sae_jax.saes import TopKSae
+
+CONFIG_FILE = "config.json"
+METRICS_FILE = "metrics.jsonl"
+WEIGHTS = ("ema", "raw")
+
+
+def load(path: str | Path, mesh: Mesh | None = None, weights: str = "ema") -> TopKSae:
+    """A trained SAE, ready to `encode` and `decode`.
+
+    Args:
+        path: a run folder (its last checkpoint), or `run/checkpoints/<step>`.
+        mesh: where its latents live; one device when not given.
+        weights: `ema`, the average over the last steps, or `raw`, as trained.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint at `path`.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights = {weights!r}: {nearest_name(weights, WEIGHTS)}")
+    workdir, step = _find(Path(path))
+    checkpoints = Checkpoints(workdir, is_read_only=True)
+    try:
+        step = checkpoints.latest_step if step is None else step
+        if step is None:
+            raise FileNotFoundError(
+                f"{workdir}: no whole checkpoint yet; the run has not saved its first"
+            )
+        setup = checkpoints.meta(step).setup(mesh or meshes.single_device_mesh())
+        params = checkpoints.restore_params(step, setup, weights)
+    finally:
+        checkpoints.close()
+    return jax.jit(setup.sae)(params)
+
+
+def read_config(workdir: str | Path) -> TrainConfig:
+    """The config that a run folder was trained with."""
+    path = Path(workdir) / CONFIG_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: is {workdir} a run folder?")
+    return configs.from_json(TrainConfig, path.read_text(encoding="utf-8"), path)
+
+
+def _find(path: Path) -> tuple[Path, int | None]:
+    """The run folder and, when `path` is one of its checkpoints, the step."""
+    if path.parent.name == FOLDER and path.name.isdigit() and path.is_dir():
+        return path.parent.parent, int(path.name)
+    if (path / FOLDER).is_dir():
+        return path, None
+    raise FileNotFoundError(
+        f"{path}: neither a run folder (no {FOLDER}/ in it) nor one of its checkpoints"
+    )

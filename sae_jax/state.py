@@ -1,0 +1,144 @@
+"""The state of a training run, built in place on the mesh.
+
+`Setup` is what stays fixed (config, normalisation, mesh, site); `TrainState` is what a
+step turns into its successor. Both a new state and the shapes for restoring one come
+from the same function, so they cannot drift apart.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sae_jax import firing, losses, normalize, optim
+from sae_jax import mesh as meshes
+from sae_jax.config import TrainConfig
+from sae_jax.firing import Counters
+from sae_jax.geometric_median import geometric_median
+from sae_jax.normalize import Normalization
+from sae_jax.optim import Params
+from sae_jax.saes import ARCHITECTURES, TopKSae
+
+
+class TrainState(NamedTuple):
+    """Everything a step reads and writes."""
+
+    params: Params
+    ema: Params
+    optimizer: optax.OptState
+    counters: Counters
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What stays fixed over a run; `config` has every derived field of `sae` set."""
+
+    config: TrainConfig
+    normalization: Normalization
+    mesh: Mesh
+    site: str
+    graph: Any = dataclasses.field(init=False, repr=False)  # the SAE less its params
+
+    def __post_init__(self) -> None:
+        graph, _ = nnx.split(_abstract_sae(self))
+        object.__setattr__(self, "graph", graph)
+
+    @property
+    def unit_norm(self) -> tuple[str, ...]:
+        return ARCHITECTURES[self.config.sae.architecture].unit_norm
+
+    def sae(self, params: Params) -> TopKSae:
+        """The SAE with these parameters; also inside `jax.jit`."""
+        return nnx.merge(self.graph, nnx.State(params))
+
+
+def create(setup: Setup, sample_bd: jax.Array) -> TrainState:
+    """A new state, each array born on its own devices.
+
+    Args:
+        setup: the run.
+        sample_bd: rows [B, D] in activation space; they give the decoder bias its
+            start (the geometric median) and the loss its scale.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract(setup))
+    with jax.set_mesh(setup.mesh):
+        make = functools.partial(_create, setup)
+        return jax.jit(make, out_shardings=shardings)(_key(setup), sample_bd)
+
+
+def abstract(setup: Setup) -> TrainState:
+    """Shapes, dtypes and shardings of the state."""
+    d_model = setup.config.sae.d_model
+    sample_bd = jax.ShapeDtypeStruct((2, d_model), jnp.float32)
+    with jax.set_mesh(setup.mesh):
+        shapes = jax.eval_shape(
+            functools.partial(_create, setup), _key(setup), sample_bd
+        )
+    module = _abstract_sae(setup)
+    named = nnx.get_named_sharding(nnx.state(module, nnx.Param), setup.mesh)
+    by_name: dict[str, NamedSharding] = nnx.to_pure_dict(named)
+    replicated = NamedSharding(setup.mesh, P())
+    latents = NamedSharding(setup.mesh, P(meshes.LATENT))
+    return TrainState(
+        params=_placed(shapes.params, by_name),
+        ema=_placed(shapes.ema, by_name),
+        optimizer=optax.tree.map_params(
+            optim.build(setup.config, setup.unit_norm),
+            lambda leaf, sharding: _with(leaf, sharding),
+            shapes.optimizer,
+            by_name,
+            transform_non_params=lambda leaf: _with(leaf, replicated),
+        ),
+        counters=Counters(
+            steps_since_l=_with(shapes.counters.steps_since_l, latents),
+            dead_after_steps=_with(shapes.counters.dead_after_steps, replicated),
+            loss_scale=_with(shapes.counters.loss_scale, replicated),
+        ),
+    )
+
+
+def _create(setup: Setup, key: jax.Array, sample_bd: jax.Array) -> TrainState:
+    normed_bd, _, _ = normalize.apply(setup.normalization, sample_bd)
+    sae = _new_sae(setup, key, geometric_median(normed_bd))
+    params = nnx.to_pure_dict(nnx.state(sae, nnx.Param))
+    return TrainState(
+        params=params,
+        ema=jax.tree.map(jnp.zeros_like, params),
+        optimizer=optim.build(setup.config, setup.unit_norm).init(params),
+        counters=Counters(
+            steps_since_l=firing.start(setup.config.sae.n_latents),
+            dead_after_steps=jnp.int32(setup.config.dead_after_steps),
+            loss_scale=losses.loss_scale(normed_bd),
+        ),
+    )
+
+
+def _abstract_sae(setup: Setup) -> TopKSae:
+    b_dec_d = jnp.zeros((setup.config.sae.d_model,))  # type: ignore[arg-type]
+    with jax.set_mesh(setup.mesh):
+        return nnx.eval_shape(lambda: _new_sae(setup, _key(setup), b_dec_d))
+
+
+def _new_sae(setup: Setup, key: jax.Array, b_dec_d: jax.Array) -> TopKSae:
+    sae_config = setup.config.sae
+    return ARCHITECTURES[sae_config.architecture](
+        sae_config, setup.normalization, setup.mesh, setup.site, key, b_dec_d
+    )
+
+
+def _key(setup: Setup) -> jax.Array:
+    return jax.random.key(setup.config.seed)
+
+
+def _placed(shapes: Params, shardings: dict[str, NamedSharding]) -> Params:
+    return {name: _with(leaf, shardings[name]) for name, leaf in shapes.items()}
+
+
+def _with(leaf: Any, sharding: NamedSharding) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,0 +1,94 @@
+"""One training step, and the checks of a whole run before it starts."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from sae_jax import firing, loader, normalize, optim
+from sae_jax.config import TrainConfig, checked, k_aux
+from sae_jax.mesh import DATA, LATENT
+from sae_jax.state import Setup, TrainState
+from sae_jax.store import Store
+
+Metrics = dict[str, jax.Array]
+
+
+def validate(config: TrainConfig, mesh: Mesh, store: Store) -> Setup:
+    """Checks the run against its mesh and its store, and sets every derived field.
+
+    Raises:
+        ValueError: one line that names the field, both numbers and the cure.
+    """
+    config = checked(config)
+    site = store.site(config.data.site)
+    d_model = store.width(site)
+    if config.sae.d_model not in (None, d_model):
+        raise ValueError(
+            f"sae.d_model = {config.sae.d_model}, but {site} of {store.path} is "
+            f"{d_model} wide: leave sae.d_model unset to take the store's"
+        )
+    _check_divides("sae.n_latents", config.sae.n_latents, mesh, LATENT)
+    _check_divides("data.batch_rows", config.data.batch_rows, mesh, DATA)
+    if store.rows("train") == 0:
+        raise ValueError(
+            f"{store.path} has no train rows, only {store.rows('heldout')} held-out "
+            "rows, which training refuses: harvest with a larger heldout_every"
+        )
+    loader.check_loader(
+        len(store.chunks("train")),
+        store.manifest.rows_per_chunk,
+        config.data,
+        jax.process_count(),
+    )
+    sae = dataclasses.replace(config.sae, d_model=d_model)
+    sae = dataclasses.replace(sae, k_aux=k_aux(sae, d_model))
+    data = dataclasses.replace(config.data, site=site)
+    return Setup(
+        config=dataclasses.replace(config, sae=sae, data=data),
+        normalization=normalize.fit(
+            sae.normalization, store.statistics(site), d_model
+        ),
+        mesh=mesh,
+        site=site,
+    )
+
+
+def make_step(
+    setup: Setup,
+) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
+    """The compiled step: (state, rows [B, D]) -> (next state, scalars).
+
+    The state that goes in is given up: its memory becomes the next one's.
+    """
+    optimizer = optim.build(setup.config, setup.unit_norm)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, acts_bd: jax.Array) -> tuple[TrainState, Metrics]:
+        def loss(params: optim.Params) -> tuple[jax.Array, dict]:
+            return setup.sae(params).loss((acts_bd, acts_bd), state.counters)
+
+        grads, aux = jax.grad(loss, has_aux=True)(state.params)
+        updates, moments = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        steps_since_l = firing.update(state.counters.steps_since_l, aux["fired_l"])
+        next_state = TrainState(
+            params=params,
+            ema=optim.ema_update(state.ema, params, setup.config.optimizer.ema_decay),
+            optimizer=moments,
+            counters=state.counters._replace(steps_since_l=steps_since_l),
+        )
+        return next_state, aux["metrics"] | {"grad_norm": optax.tree.norm(grads)}
+
+    return step
+
+
+def _check_divides(name: str, size: int, mesh: Mesh, axis: str) -> None:
+    if size % mesh.shape[axis]:
+        raise ValueError(
+            f"{name} = {size} is not a multiple of mesh.{axis} = {mesh.shape[axis]}: "
+            "choose a multiple, or another mesh"
+        )

@@ -1,0 +1,103 @@
+"""Where metrics go: JSON lines, TensorBoard, or a list in memory for notebooks.
+
+A writer has `write(step, scalars)` and `close()`. A run that resumes at step s first
+drops what an earlier life wrote after s, so every step stands in the file once.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import tensorboardX
+
+Scalars = Mapping[str, float]
+
+
+class Writer(Protocol):
+    """Takes named scalars of one step."""
+
+    def write(self, step: int, scalars: Scalars) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLinesWriter:
+    """One JSON object a line, flushed at once: {"step": …, name: value, …}."""
+
+    def __init__(self, path: str | Path, start_step: int = 0):
+        self._path = Path(path)
+        _drop_lines_after(self._path, start_step)
+        self._file = open(self._path, "a", encoding="utf-8")
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """Event files that `tensorboard --logdir` shows."""
+
+    def __init__(self, directory: str | Path, start_step: int = 0):
+        self._writer = tensorboardX.SummaryWriter(
+            str(directory), purge_step=start_step + 1 if start_step else None
+        )
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class MemoryWriter:
+    """Keeps every row in `rows`, for notebooks and tests."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        self.rows.append({"step": step, **scalars})
+
+    def close(self) -> None:
+        pass
+
+
+class Writers:
+    """Several writers as one."""
+
+    def __init__(self, writers: Sequence[Writer]):
+        self._writers = writers
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        for writer in self._writers:
+            writer.write(step, scalars)
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+def read_json_lines(path: str | Path) -> list[dict[str, float]]:
+    """All complete lines of a metrics file; a line cut off by a kill is left out."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [row for row in read_json_lines(path) if row["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    os.replace(temporary, path)

@@ -1,0 +1,32 @@
+"""Eight virtual CPU devices for every test, and the fixtures that many share."""
+
+import os
+
+# Read at the first device query: eight virtual devices on few cores deadlock when the
+# CPU client sizes its thread pool by the number of cores.
+os.environ.setdefault("NPROC", "32")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+import synthetic  # noqa: E402
+
+from sae_jax.config import MeshConfig  # noqa: E402
+from sae_jax.mesh import make_mesh  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+
+MESHES = [(1, 1), (1, 8), (2, 4), (8, 1)]
+
+
+@pytest.fixture(params=MESHES, ids=lambda shape: "x".join(map(str, shape)))
+def mesh(request):
+    """Each (data, latent) mesh that sharded code must agree on."""
+    return make_mesh(MeshConfig(*request.param))
+
+
+@pytest.fixture(scope="session")
+def planted_store(tmp_path_factory):
+    """The path of a complete store with a planted dictionary."""
+    return synthetic.write_store(tmp_path_factory.mktemp("planted") / "store")

@@ -1,0 +1,104 @@
+"""Checkpoints: what is restored, where to, and what is never chosen."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import synthetic
+
+from sae_jax import checkpoint, optim, run, state
+from sae_jax.checkpoint import Checkpoints
+from sae_jax.config import MeshConfig
+from sae_jax.mesh import make_mesh
+from sae_jax.step import validate
+from sae_jax.store import open_store
+
+
+@pytest.fixture(scope="module")
+def saved(planted_store, tmp_path_factory):
+    """A run folder with a checkpoint of step 3, made on mesh (2, 4)."""
+    setup = _setup(planted_store, (2, 4))
+    train_state = state.create(setup, jnp.asarray(synthetic.sample_rows(256)))
+    ema = optim.ema_update(train_state.ema, train_state.params, 0.5)
+    train_state = train_state._replace(ema=ema)
+    workdir = tmp_path_factory.mktemp("saved") / "run"
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(3, train_state, setup)
+    checkpoints.close()
+    return workdir, jax.device_get(train_state)
+
+
+def _setup(planted_store, shape):
+    mesh = make_mesh(MeshConfig(*shape))
+    return validate(synthetic.make_config(), mesh, open_store(planted_store))
+
+
+def test_a_state_is_restored_onto_any_mesh(mesh, saved, planted_store):
+    workdir, expected = saved
+    setup = _setup(planted_store, tuple(mesh.shape.values()))
+    checkpoints = Checkpoints(workdir)
+    restored = checkpoints.restore(3, setup)
+    checkpoints.close()
+    assert jax.tree.structure(restored) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), expected)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state.abstract(setup))
+    for leaf, sharding in zip(jax.tree.leaves(restored), jax.tree.leaves(shardings)):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+def test_an_sae_is_loaded_without_mesh_from_run_or_checkpoint(saved):
+    workdir, expected = saved
+    acts = synthetic.sample_rows(5)
+    for path in (workdir, workdir / "checkpoints" / "3"):
+        sae = run.load(path, weights="raw")
+        assert (sae.n_latents, sae.d_model, sae.site) == (128, 16, synthetic.SITE)
+        np.testing.assert_array_equal(sae.w_enc_ld[...], expected.params["w_enc_ld"])
+        assert sae.decode(sae.encode(acts)).shape == acts.shape
+
+
+def test_averaged_weights_are_corrected_and_of_unit_norm(saved):
+    workdir, expected = saved
+    sae = run.load(workdir)
+    decay = synthetic.make_config().optimizer.ema_decay
+    np.testing.assert_allclose(
+        sae.w_enc_ld[...], expected.ema["w_enc_ld"] / (1 - decay**3), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        np.linalg.norm(sae.w_dec_ld[...], axis=1), 1, atol=3e-7
+    )
+
+
+def test_a_torn_checkpoint_is_never_chosen(saved, tmp_path):
+    workdir, _ = saved
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy)
+    whole = copy / "checkpoints" / "3"
+    torn = copy / "checkpoints" / "4.orbax-checkpoint-tmp"
+    shutil.copytree(whole, torn)
+    (torn / "commit_success.txt").unlink(missing_ok=True)
+    checkpoints = Checkpoints(copy)
+    assert checkpoints.latest_step == 3
+    checkpoints.close()
+    assert run.load(copy, weights="raw").n_latents == 128
+
+
+@pytest.mark.parametrize("name", ["nothing", "checkpoints"])
+def test_a_folder_without_checkpoints_is_named(tmp_path, name):
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / "nothing" if name == "nothing" else tmp_path
+    with pytest.raises(FileNotFoundError, match=str(path)):
+        run.load(path)
+
+
+def test_weights_are_ema_or_raw(saved):
+    with pytest.raises(ValueError, match="did you mean 'raw'"):
+        run.load(saved[0], weights="rew")
+
+
+def test_a_full_disk_is_seen_before_training(planted_store, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="MB are free: make room, or lower"):
+        checkpoint.check_space(tmp_path, _setup(planted_store, (1, 1)))

@@ -1,0 +1,24 @@
+"""Meshes: shapes, and the error where devices do not fit."""
+
+import pytest
+
+from sae_jax import mesh as meshes
+from sae_jax.config import MeshConfig
+
+
+def test_default_is_all_devices_over_latents():
+    assert dict(meshes.make_mesh().shape) == {"data": 1, "latent": 8}
+
+
+def test_the_rest_of_the_devices_share_the_latents():
+    assert dict(meshes.make_mesh(MeshConfig(data=2)).shape) == {"data": 2, "latent": 4}
+
+
+def test_a_mesh_may_leave_devices_out():
+    assert meshes.make_mesh(MeshConfig(data=1, latent=2)).size == 2
+
+
+@pytest.mark.parametrize("shape", [(3, None), (4, 4), (16, None), (1, 16)])
+def test_a_mesh_that_does_not_fit_is_refused(shape):
+    with pytest.raises(ValueError, match=r"mesh.data = \d+ by .* 8 device"):
+        meshes.make_mesh(MeshConfig(*shape))

@@ -1,0 +1,124 @@
+"""The training step: the same on every mesh, and the checks before a run."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import synthetic
+
+from sae_jax import loader, state
+from sae_jax.config import DataConfig, MeshConfig, SaeConfig
+from sae_jax.mesh import batch_sharding, make_mesh
+from sae_jax.step import make_step, validate
+from sae_jax.store import open_store
+
+
+def _start(store, mesh, **fields):
+    setup = validate(synthetic.make_config(**fields), mesh, store)
+    return setup, state.create(setup, jnp.asarray(synthetic.sample_rows(512, seed=99)))
+
+
+def _run(store, mesh, n_steps):
+    setup, train_state = _start(store, mesh)
+    step = make_step(setup)
+    batches = loader.train_batches(
+        store, setup.site, setup.config.data, mesh, 0, 0, n_steps
+    )
+    history = []
+    for acts_bd in batches:
+        train_state, metrics = step(train_state, acts_bd)
+        history.append({name: value.item() for name, value in metrics.items()})
+    return train_state, history
+
+
+@pytest.fixture(scope="module")
+def unsharded(planted_store):
+    return _run(open_store(planted_store), make_mesh(MeshConfig(1, 1)), 100)
+
+
+def test_runs_agree_on_every_mesh(mesh, planted_store, unsharded):
+    expected_state, expected = unsharded
+    train_state, history = _run(open_store(planted_store), mesh, 100)
+    for name in ("loss", "nmse", "l0"):
+        np.testing.assert_allclose(
+            [row[name] for row in history],
+            [row[name] for row in expected],
+            rtol=1e-5,
+            err_msg=name,
+        )
+    # The case is worth nothing unless AuxK acted.
+    assert max(row["aux_loss"] for row in history) > 0
+    np.testing.assert_array_equal(
+        train_state.counters.steps_since_l, expected_state.counters.steps_since_l
+    )
+
+
+def test_a_step_keeps_types_placement_and_unit_norm(mesh, planted_store):
+    setup, before = _start(open_store(planted_store), mesh)
+    expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), before)
+    placement = jax.tree.map(lambda leaf: leaf.sharding, state.abstract(setup))
+    acts_bd = jax.device_put(synthetic.sample_rows(64), batch_sharding(mesh))
+    after, _ = make_step(setup)(before, acts_bd)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == expected
+    for leaf, sharding in zip(jax.tree.leaves(after), jax.tree.leaves(placement)):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    norms = np.linalg.norm(np.asarray(after.params["w_dec_ld"], np.float64), axis=1)
+    np.testing.assert_allclose(norms, 1, atol=3e-7)
+
+
+def test_a_new_state_is_partitioned_over_latents(planted_store):
+    _, train_state = _start(open_store(planted_store), make_mesh(MeshConfig(2, 4)))
+    for leaf in (
+        train_state.params["w_enc_ld"],
+        train_state.ema["w_dec_ld"],
+        train_state.optimizer[1][0].mu["w_enc_ld"],
+    ):
+        assert {shard.data.shape for shard in leaf.addressable_shards} == {(32, 16)}
+
+
+def test_training_lowers_the_error(unsharded):
+    _, history = unsharded
+    assert history[-1]["nmse"] < 0.6 * history[0]["nmse"]
+
+
+@pytest.mark.parametrize(
+    "shape, fields, message",
+    [
+        ((1, 8), dict(sae=SaeConfig(n_latents=100, k=3)), "sae.n_latents = 100 .* 8"),
+        (
+            (8, 1),
+            dict(data=DataConfig(batch_rows=60, lanes=4, window_chunks=2)),
+            "data.batch_rows = 60 .* mesh.data = 8",
+        ),
+        ((1, 1), dict(sae=SaeConfig(d_model=8, k=3)), "sae.d_model = 8, but .* 16"),
+        ((1, 1), dict(data=DataConfig(site="resid_post.9")), "resid_post.9"),
+        (
+            (1, 1),
+            dict(data=DataConfig(batch_rows=96, lanes=8, window_chunks=1)),
+            "window_chunks",
+        ),
+        ((1, 1), dict(data=DataConfig(batch_rows=512, lanes=512)), "lanes"),
+    ],
+)
+def test_bad_runs_are_refused_before_they_start(shape, fields, message, planted_store):
+    config = synthetic.make_config(**fields)
+    with pytest.raises(ValueError, match=message) as caught:
+        validate(config, make_mesh(MeshConfig(*shape)), open_store(planted_store))
+    assert "\n" not in str(caught.value)
+
+
+def test_held_out_rows_are_never_trained_on(tmp_path):
+    store = open_store(synthetic.write_store(tmp_path / "store", train_shards=0))
+    with pytest.raises(ValueError, match="held-out rows, which training refuses"):
+        validate(synthetic.make_config(), make_mesh(MeshConfig(1, 1)), store)
+
+
+def test_derived_fields_are_set(planted_store):
+    config = synthetic.make_config()
+    config = dataclasses.replace(config, sae=SaeConfig(n_latents=64, k=3))
+    setup = validate(config, make_mesh(MeshConfig(1, 1)), open_store(planted_store))
+    assert setup.config.sae.d_model == 16
+    assert setup.config.sae.k_aux == 8
+    assert setup.config.data.site == setup.site == synthetic.SITE
