@@ -29,12 +29,12 @@ def aux_loss(
     """AuxK: how much of the residual the dead latents do not explain.
 
     Exactly 0, with zero gradient, when no latent is dead, and when the quotient is
-    not a number (a residual without variance).
+    not a finite number (a residual without variance, an overflow).
     """
     residual_bd = jax.lax.stop_gradient(residual_bd)
+    error_bd = residual_bd - aux_recon_bd
     power = jnp.sum(jnp.square(residual_bd - residual_bd.mean(0)))
-    is_defined = is_any_dead & jnp.isfinite(power) & (power > 0)
-    # The inner `where` keeps 0 / 0 out of the backward pass too.
-    safe_power = jnp.where(is_defined, power, 1)
-    quotient = jnp.sum(jnp.square(residual_bd - aux_recon_bd)) / safe_power
-    return jnp.where(is_defined, jnp.nan_to_num(quotient), 0)
+    is_defined = is_any_dead & jnp.isfinite(jnp.sum(jnp.square(error_bd)) / power)
+    # Chosen before the quotient, so that no NaN is on the way of a gradient.
+    error_bd = jnp.where(is_defined, error_bd, 0)
+    return jnp.sum(jnp.square(error_bd)) / jnp.where(is_defined, power, 1)

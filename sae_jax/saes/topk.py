@@ -13,7 +13,6 @@ Each latent shard computes its own pre-activations and its own part of x̂; besi
 one step moves the candidates of each choice and one sum of [B, D] per reconstruction.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -197,22 +196,9 @@ class TopKSae(nnx.Module):
             )
             return nnx.relu(values_bk), indices_bk
 
-        weights, specs = self._weights()
-        return _over_rows(
-            # The gathered result is the same on all latent shards, which the checker
-            # of replication cannot see.
-            functools.partial(
-                jax.shard_map,
-                on_shard,
-                mesh=self.mesh,
-                in_specs=(_ROWS, specs),
-                out_specs=(_ROWS, _ROWS),
-                check_vma=False,
-            ),
-            self.mesh,
-            (normed_bd,),
-            weights,
-        )
+        # The gathered result is the same on all latent shards, which the checker of
+        # replication cannot see.
+        return self._map_rows(on_shard, normed_bd, check_vma=False)
 
     def _decode(self, values_bk: jax.Array, indices_bk: jax.Array) -> jax.Array:
         """Normalised rows [B, D] of a code with global indices."""
@@ -229,19 +215,22 @@ class TopKSae(nnx.Module):
             )
             return lax.psum(part_bd, LATENT) + weights["b_dec_d"]
 
+        return self._map_rows(on_shard, values_bk, indices_bk)
+
+    def _map_rows(self, on_shard: Any, *rows: jax.Array, check_vma: bool = True) -> Any:
+        """on_shard(*rows, weights) on all shards; any number of rows."""
         weights, specs = self._weights()
-        return _over_rows(
-            functools.partial(
-                jax.shard_map,
-                on_shard,
-                mesh=self.mesh,
-                in_specs=(_ROWS, _ROWS, specs),
-                out_specs=_ROWS,
-            ),
-            self.mesh,
-            (values_bk, indices_bk),
-            weights,
+        n_rows = rows[0].shape[0]
+        missing = -n_rows % self.mesh.shape[DATA]
+        mapped = jax.shard_map(
+            on_shard,
+            mesh=self.mesh,
+            in_specs=(*[_ROWS] * len(rows), specs),
+            out_specs=_ROWS,
+            check_vma=check_vma,
         )
+        padded = [jnp.pad(array, ((0, missing), (0, 0))) for array in rows]
+        return jax.tree.map(lambda out: out[:n_rows], mapped(*padded, weights))
 
     def _pre_activations(
         self, normed_bd: jax.Array, weights: dict[str, jax.Array]
@@ -285,14 +274,7 @@ class TopKSae(nnx.Module):
 def _as_rows(acts: jax.Array, d_model: int) -> jax.Array:
     if acts.ndim < 1 or acts.shape[-1] != d_model:
         raise ValueError(
-            f"rows of width {acts.shape[-1:]} given to an SAE of d_model = {d_model}"
+            f"acts of shape {acts.shape} given to an SAE of d_model = {d_model}: the "
+            "last axis must be as wide"
         )
     return acts.reshape(-1, d_model)
-
-
-def _over_rows(shard_map, mesh: Mesh, arrays, weights):  # type: ignore[no-untyped-def]
-    """Applies a sharded function to rows, padded to what the data axis divides."""
-    n_rows = arrays[0].shape[0]
-    missing = -n_rows % mesh.shape[DATA]
-    padded = [jnp.pad(array, ((0, missing), (0, 0))) for array in arrays]
-    return jax.tree.map(lambda out: out[:n_rows], shard_map()(*padded, weights))
