@@ -1,0 +1,70 @@
+"""A progress line: how much is done, how fast, and how long it will take."""
+
+import sys
+import time
+from typing import TextIO
+
+_TERMINAL_SECS = 0.2
+_LOG_SECS = 10.0
+
+
+class Progress:
+    """Writes `name: done of total unit, rate, time left, scalars` to a stream.
+
+    On a terminal one line changes in place; elsewhere a line is added every ten
+    seconds. The rate leaves out what comes before the first `update`, which is where
+    compilation is.
+    """
+
+    def __init__(
+        self, total: int, unit: str, name: str, stream: TextIO | None = None
+    ) -> None:
+        self._total, self._unit, self._name = total, unit, name
+        self._stream = sys.stderr if stream is None else stream
+        self._in_place = self._stream.isatty()
+        self._interval = _TERMINAL_SECS if self._in_place else _LOG_SECS
+        self._first: tuple[float, int] | None = None
+        self._shown_at = -float("inf")
+        self._line = ""
+        self._is_shown = True
+
+    def update(self, done: int, **scalars: float) -> None:
+        """Says that `done` of the total are done; `scalars` are shown behind it."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, done)
+        self._line = self._format(now, done, scalars)
+        self._is_shown = False
+        if now - self._shown_at >= self._interval:
+            self._show(now)
+
+    def close(self) -> None:
+        """Shows the last line, if it has not been, and ends it."""
+        if not self._is_shown:
+            self._show(time.monotonic())
+        if self._in_place and self._line:
+            self._stream.write("\n")
+
+    def _format(self, now: float, done: int, scalars: dict[str, float]) -> str:
+        parts = [f"{self._name}: {done:,} of {self._total:,} {self._unit}"]
+        assert self._first is not None
+        seconds, since_first = now - self._first[0], done - self._first[1]
+        if seconds > 0 and since_first > 0:
+            rate = since_first / seconds
+            parts.append(f"{rate:,.0f} {self._unit}/s")
+            parts.append(f"{_format_time((self._total - done) / rate)} left")
+        parts += [f"{name} {value:.4g}" for name, value in scalars.items()]
+        return ", ".join(parts)
+
+    def _show(self, now: float) -> None:
+        # \x1b[K erases what is left of a longer line.
+        text = f"\r{self._line}\x1b[K" if self._in_place else f"{self._line}\n"
+        self._stream.write(text)
+        self._stream.flush()
+        self._shown_at, self._is_shown = now, True
+
+
+def _format_time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,389 @@
+"""Harvesting with a subject small enough to be recomputed by hand."""
+
+import errno
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from test_store import read_folder
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from sae_jax.harvest import harvest
+from sae_jax.store import StoreWriter, open_store
+from sae_jax.store import writer as store_writer
+from sae_jax.subjects import load_subject
+from sae_jax.text import Document, is_heldout
+
+WIDTHS = {"resid_post.0": 6, "mlp_out.0": 10}
+VOCABULARY = 50
+
+
+def make_tokenizer():
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class TinySubject:
+    """An embedding, and at each position the sum of those up to it."""
+
+    embed: jax.Array = field(
+        default_factory=lambda: jnp.asarray(
+            np.random.default_rng(0).standard_normal((VOCABULARY, 6)), jnp.float32
+        )
+    )
+    identity: str = "tiny-1"
+    name: str = "tiny"
+    context_length: int = 16
+    bos_id: int = 0
+
+    @property
+    def tokenizer(self):
+        return make_tokenizer()
+
+    def width(self, site):
+        if site not in WIDTHS:
+            raise ValueError(f"no site {site!r}: give one of {', '.join(WIDTHS)}")
+        return WIDTHS[site]
+
+    def forward(self, tokens_bt, capture=(), replace=None, logits=True):
+        assert not logits
+        x_btd = jnp.cumsum(self.embed[tokens_bt], axis=1)
+        wide_btd = jnp.pad(x_btd**2, ((0, 0), (0, 0), (0, 4)), constant_values=1.0)
+        acts = {"resid_post.0": x_btd, "mlp_out.0": wide_btd}
+        return None, {site: acts[site] for site in capture}
+
+
+jax.tree_util.register_dataclass(
+    TinySubject, ["embed"], ["identity", "name", "context_length", "bos_id"]
+)
+
+
+def make_documents(n=40, seed=0):
+    rng = np.random.default_rng(seed)
+    words = (rng.integers(2, VOCABULARY, rng.integers(1, 90)) for _ in range(n))
+    texts = [" ".join(f"w{word}" for word in document) for document in words]
+    texts[7] = ""
+    return [Document(f"folder/{i}.txt", text) for i, text in enumerate(texts)]
+
+
+SIZES = {"rows_per_shard": 64, "rows_per_chunk": 16, "batch_sequences": 3}
+SITES = tuple(WIDTHS)
+
+
+def run_harvest(out, **changes):
+    arguments = {"subject": TinySubject(), "documents": make_documents()}
+    arguments |= {"sites": SITES, "progress": False} | SIZES | changes
+    subject, documents, sites = (
+        arguments.pop(name) for name in ("subject", "documents", "sites")
+    )
+    return harvest(subject, documents, out, sites, **arguments)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return run_harvest(tmp_path_factory.mktemp("harvest") / "store")
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_rows_are_the_activations_of_their_tokens(store, split):
+    subject = TinySubject()
+    t = subject.context_length
+    for start, n in store.shards(split):
+        tokens = store.read_tokens(np.arange(start // t, (start + n) // t))
+        _, acts = subject.forward(tokens, capture=SITES, logits=False)
+        for site, width in WIDTHS.items():
+            rows = store.read(site, start, start + n)
+            expected = np.asarray(acts[site].astype(jnp.bfloat16)).reshape(-1, width)
+            assert rows.tobytes() == expected.tobytes()
+
+
+def test_contexts_hold_whole_documents_in_order(store):
+    """The text of each split, told again from the store, is the documents'."""
+    texts = {document.name: document.text for document in make_documents()}
+    seen = set()
+    for split in ("train", "heldout"):
+        sequences = store.sequences(split)
+        tokens = store.read_tokens(sequences).ravel()
+        owners = store.read_documents(sequences).ravel()
+        starts = np.flatnonzero(np.diff(owners, prepend=-1))
+        assert (tokens[starts] == 0).all() and (tokens == 0).sum() == len(starts)
+        for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            name = store.document_name(owners[start])
+            words = [f"w{token}" for token in tokens[start + 1 : stop]]
+            expected = texts[name].split()
+            is_last = stop == len(tokens)
+            assert words == (expected[: len(words)] if is_last else expected)
+            assert is_heldout(name, 5) == (split == "heldout")
+            assert name not in seen
+            seen.add(name)
+        dropped = store.manifest.dropped_tokens[split]
+        assert 0 <= dropped < 16
+    empty = {name for name, text in texts.items() if not text}
+    assert seen == set(texts) - empty and empty
+
+
+def test_order_is_shuffled_and_independent_of_the_given_order(store, tmp_path):
+    names = [store.document_name(i) for i in range(store.manifest.n_documents)]
+    assert names != sorted(names)
+    again = run_harvest(tmp_path / "again", documents=make_documents()[::-1])
+    assert read_folder(again.path) == read_folder(store.path)
+    other = run_harvest(tmp_path / "other", seed=1)
+    others = [other.document_name(i) for i in range(other.manifest.n_documents)]
+    assert sorted(others) == sorted(names) and others != names
+
+
+def test_max_rows_keeps_the_proportion_of_the_splits(store, tmp_path):
+    part = run_harvest(tmp_path / "part", max_rows=330)
+    assert part.manifest.rows == {"train": 256, "heldout": 64}
+    for split in ("train", "heldout"):
+        n = len(part.sequences(split))
+        np.testing.assert_array_equal(
+            part.read_tokens(part.sequences(split)),
+            store.read_tokens(store.sequences(split)[:n]),
+        )
+
+
+def test_statistics(store):
+    for site in SITES:
+        rows = [store.read(site, i, i + n) for i, n in store.shards("train")]
+        acts = np.concatenate(rows).astype(np.float64)
+        statistics = store.statistics(site)
+        np.testing.assert_allclose(statistics.mean_d, acts.mean(0), rtol=1e-12)
+        square = (acts**2).sum(1)
+        assert statistics.mean_square_norm == pytest.approx(square.mean(), rel=1e-12)
+        assert statistics.mean_norm == pytest.approx(np.sqrt(square).mean(), rel=1e-12)
+
+
+def test_the_forward_pass_compiles_once(tmp_path, monkeypatch):
+    sizes = []
+    forward = TinySubject.forward
+
+    def count(self, tokens_bt, **arguments):
+        sizes.append(tokens_bt.shape)
+        return forward(self, tokens_bt, **arguments)
+
+    monkeypatch.setattr(TinySubject, "forward", count)
+    jax.clear_caches()
+    run_harvest(tmp_path / "store")
+    assert sizes == [(3, 16)]
+
+
+def test_a_complete_store_is_opened(store, capsys, monkeypatch):
+    module = importlib.import_module("sae_jax.harvest")  # not the function
+    monkeypatch.setattr(module, "pack", None)  # would fail if called
+    before = read_folder(store.path)
+    assert run_harvest(store.path, progress=True).rows("train") == store.rows("train")
+    assert "is complete" in capsys.readouterr().err
+    assert read_folder(store.path) == before
+
+
+CHANGES = {
+    "subject": {"subject": TinySubject(identity="tiny-2")},
+    "corpus": {"documents": make_documents(41)},
+    "sites": {"sites": ["mlp_out.0"]},
+    "context_length": {"context_length": 8},
+    "heldout_every": {"heldout_every": 4},
+    "max_rows": {"max_rows": 1000},
+    "seed": {"seed": 1},
+    "rows_per_shard": {"rows_per_shard": 128},
+    "rows_per_chunk": {"rows_per_chunk": 32},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_setting_is_named(store, name):
+    with pytest.raises(ValueError, match=f"was begun with {name} = .*--out") as error:
+        run_harvest(store.path, **CHANGES[name])
+    assert "\n" not in str(error.value)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("n_shards", [0, 1, 5])
+def test_stopped_and_resumed_is_byte_identical(store, tmp_path, n_shards, monkeypatch):
+    write_shard, n_left = StoreWriter.write_shard, n_shards
+
+    def stop(self, shard):
+        nonlocal n_left
+        n_left -= 1
+        if n_left < 0:
+            raise Stop
+        write_shard(self, shard)
+
+    monkeypatch.setattr(StoreWriter, "write_shard", stop)
+    with pytest.raises(Stop):
+        run_harvest(tmp_path / "store")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="still being written"):
+        open_store(tmp_path / "store")
+    resumed = run_harvest(tmp_path / "store")
+    assert read_folder(resumed.path) == read_folder(store.path)
+
+
+_SLOW_HARVEST = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+import test_harvest
+from pathlib import Path
+from sae_jax.store import writer
+write_whole = writer._write_whole
+
+def slow(file, data):
+    print("about to write", flush=True)
+    time.sleep(0.05)
+    write_whole(file, data)
+
+writer._write_whole = slow
+test_harvest.run_harvest(Path(sys.argv[1]))
+"""
+
+
+def test_killed_at_a_random_moment(store, tmp_path):
+    rng = np.random.default_rng()
+    command = [sys.executable, "-c", _SLOW_HARVEST, str(tmp_path / "store")]
+    process = subprocess.Popen(
+        [*command, str(Path(__file__).parent)],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    with process:
+        for _ in range(int(rng.integers(1, 12))):
+            assert process.stdout.readline() == b"about to write\n"
+        try:
+            process.wait(float(rng.uniform(0, 0.05)))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    resumed = run_harvest(tmp_path / "store")
+    assert read_folder(resumed.path) == read_folder(store.path)
+
+
+def test_a_full_disk_is_one_line_and_resumable(store, tmp_path, monkeypatch):
+    write_whole, n_left = store_writer._write_whole, 6
+
+    def fail(file, data):
+        nonlocal n_left
+        n_left -= 1
+        if n_left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_whole(file, data)
+
+    monkeypatch.setattr(store_writer, "_write_whole", fail)
+    with pytest.raises(OSError, match="is full, with 4 of .* the same harvest again"):
+        run_harvest(tmp_path / "store")
+    monkeypatch.undo()
+    resumed = run_harvest(tmp_path / "store")
+    assert read_folder(resumed.path) == read_folder(store.path)
+
+
+def test_too_little_disk_is_said_before_the_model_runs(tmp_path, monkeypatch):
+    Usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 1000))
+    monkeypatch.setattr(TinySubject, "forward", None)
+    with pytest.raises(OSError, match="needs 1 MB more.*0 MB free: lower --max_rows"):
+        run_harvest(tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+WRONG = {
+    "no sites": ({"sites": []}, "no sites"),
+    "site": ({"sites": ["resid_post.9"]}, "no site 'resid_post.9'"),
+    "context": ({"context_length": 17}, "17 is more than the subject's 16"),
+    "no context": ({"context_length": 0}, "context_length = 0: must be at least 1"),
+    "shard": ({"rows_per_shard": 100}, "100 is not a multiple of .* make it 96"),
+    "tiny shard": ({"rows_per_shard": 7}, "make it 16"),
+    "heldout": ({"heldout_every": 1}, "heldout_every = 1: must be at least 2"),
+    "rows": ({"max_rows": 31}, "make it at least 32"),
+    "batch": ({"batch_sequences": 0}, "batch_sequences = 0"),
+    "no documents": ({"documents": []}, "no text: none of 0 documents"),
+    "no text": ({"documents": [Document("a", " "), Document("b", "")]}, "no text"),
+    "short": (
+        {"documents": [Document("a", "w3 w4")]},
+        "documents have . tokens, and one context takes context_length = 16",
+    ),
+}
+
+
+@pytest.mark.parametrize("changes, message", WRONG.values(), ids=WRONG)
+def test_what_cannot_be_harvested_is_refused(
+    tmp_path, changes, message, monkeypatch
+):
+    monkeypatch.setattr(TinySubject, "forward", None)
+    with pytest.raises(ValueError, match=message) as error:
+        run_harvest(tmp_path / "store", **changes)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match="not a store and not empty"):
+        run_harvest(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_activations_that_are_not_numbers_are_refused(tmp_path):
+    embed = np.full((VOCABULARY, 6), np.nan, np.float32)
+    with pytest.raises(ValueError, match="infinite or not a number"):
+        run_harvest(tmp_path / "store", subject=TinySubject(embed=jnp.asarray(embed)))
+
+
+def test_progress_is_on_stderr(tmp_path, capsys):
+    store = run_harvest(tmp_path / "store", progress=True)
+    captured = capsys.readouterr()
+    total = f"{sum(store.manifest.rows.values()):,}"
+    assert captured.err.splitlines()[-1].startswith(f"harvest: {total} of {total} rows")
+    assert captured.out == ""
+
+
+def test_the_default_subject(tmp_path):
+    subject = load_subject()
+    text = Document("a.py", "import os\n" * 200), Document("b.py", "x = 1\n" * 200)
+    assert [is_heldout(document.name, 5) for document in text] == [False, True]
+    store = harvest(
+        subject,
+        text,
+        tmp_path / "store",
+        ["resid_post.3", "mlp_act.0"],
+        context_length=32,
+        rows_per_shard=128,
+        rows_per_chunk=32,
+        progress=False,
+    )
+    first, n = store.shards("heldout")[0]
+    tokens = store.read_tokens(store.sequences("heldout")[: n // 32])
+    assert tokens[0, 0] == subject.bos_id
+    words = subject.decode_tokens(tokens[0, 1:])
+    assert store.document_name(store.read_documents([first // 32])[0, 0]) == "b.py"
+    assert "".join(words) in text[1].text
+    _, acts = subject.forward(tokens, capture=store.sites, logits=False)
+    for site in store.sites:
+        rows = store.read(site, first, first + n).astype(np.float32)
+        expected = np.asarray(acts[site], np.float32).reshape(n, -1)
+        np.testing.assert_allclose(rows, expected, rtol=2**-7, atol=1e-2)
+
+
+def test_rows_are_bfloat16(store):
+    assert store.read("mlp_out.0", 0, 4).dtype == ml_dtypes.bfloat16
+    metadata = json.loads((store.path / "acts/mlp_out.0/zarr.json").read_text())
+    assert metadata["data_type"] == "bfloat16"
