@@ -1,0 +1,98 @@
+"""Errors that a user can cure, told in one line on stderr.
+
+With --verbosity=1 the traceback is shown instead.
+"""
+
+import contextlib
+import difflib
+import re
+import sys
+from collections.abc import Iterator
+
+from absl import flags
+
+from sae_jax.config import TrainConfig, field_names
+
+_FAILED = 1
+_MISUSED = 2
+_STOPPED = 130  # as a shell tells of a process that SIGINT ended
+_OVERRIDE = re.compile(r"--?config\.([^=]+)")
+_UNKNOWN_KEYWORD = re.compile(r"unexpected keyword argument '(\w+)'")
+_VERBOSE = re.compile(r"--?(v|verbosity)=[1-9]")
+
+
+class Misuse(Exception):
+    """The command line itself is wrong."""
+
+
+_EXPECTED = (
+    Misuse,
+    flags.Error,
+    ValueError,
+    OSError,
+    FloatingPointError,
+    KeyboardInterrupt,
+)
+
+
+@contextlib.contextmanager
+def in_one_line(program: str) -> Iterator[None]:
+    """Exits with one line `program: message` where an expected error comes out."""
+    try:
+        yield
+    except _EXPECTED as error:
+        if any(map(_VERBOSE.fullmatch, sys.argv)):
+            raise
+        print(f"{program}: {_message(error)}", file=sys.stderr)
+        sys.exit(_status(error))
+
+
+def misuse(error: Exception, arguments: list[str]) -> Misuse:
+    """What `error`, raised while `arguments` were parsed, means.
+
+    ml_collections tells of a misspelt override by a KeyError and of an error in the
+    config file by a text that ends in the file's traceback.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, KeyError):
+        for override in filter(None, map(_OVERRIDE.match, arguments)):
+            if override[1] not in field_names(TrainConfig):
+                return _unknown_field("--config." + override[1], override[1])
+    if isinstance(error, flags.UnrecognizedFlagError):
+        if error.flagname.startswith("config."):
+            return Misuse(f"--{error.flagname} needs --config=FILE before it")
+    if keyword := _UNKNOWN_KEYWORD.search(lines[-1]):
+        return _unknown_field("the --config file", keyword[1])
+    if isinstance(error, flags.Error) and len(lines) == 1:
+        return Misuse(lines[0])
+    return Misuse(f"the --config file: {lines[-1]}")
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return where + error.strerror
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _status(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return _STOPPED
+    return _MISUSED if isinstance(error, Misuse | flags.Error) else _FAILED
+
+
+def _unknown_field(where: str, path: str) -> Misuse:
+    """Names the field that is nearest in its last part and in its whole path."""
+
+    def likeness(name: str) -> float:
+        last, wanted = name.split(".")[-1], path.split(".")[-1]
+        return _ratio(last, wanted) + _ratio(name, path)
+
+    nearest = max(field_names(TrainConfig), key=likeness)
+    return Misuse(f"{where}: unknown field {path!r}: did you mean {nearest!r}?")
+
+
+def _ratio(left: str, right: str) -> float:
+    return difflib.SequenceMatcher(None, left, right).ratio()

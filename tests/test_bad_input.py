@@ -1,0 +1,94 @@
+"""Bad input, as a user meets it: one clear line, a non-zero exit, nothing started."""
+
+import subprocess
+import sys
+
+import pytest
+import synthetic
+
+from sae_jax import store as stores
+
+_CONFIG = """
+import sys
+sys.path.insert(0, {tests!r})
+import synthetic
+def get_config():
+    return synthetic.make_config({store!r})
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Stores, configs and texts with one fault each."""
+    folder = tmp_path_factory.mktemp("bad input")
+    good = synthetic.write_store(folder / "good", train_shards=2)
+    synthetic.write_store(folder / "unfinished", train_shards=2, finish=False)
+    synthetic.write_store(folder / "heldout", train_shards=0)
+    torn = synthetic.write_store(folder / "torn", train_shards=2)
+    file = torn / "acts" / synthetic.SITE / "c" / "1" / "0"
+    file.write_bytes(file.read_bytes()[:-100])
+    tests = str(synthetic.__file__).rpartition("/")[0]
+    for store in (good, folder / "unfinished", folder / "heldout", torn):
+        text = _CONFIG.format(tests=tests, store=str(store))
+        (folder / f"{store.name}.py").write_text(text)
+    (folder / "no_text").mkdir()
+    (folder / "no_text" / "image.bin").write_bytes(b"\x00\xff")
+    (folder / "text").mkdir()
+    for index in range(40):
+        (folder / "text" / f"{index}.txt").write_text("words and more words " * 200)
+    assert stores.open_store(good).rows("train") == 1024
+    return folder
+
+
+_FULL_DISK = (
+    "import collections, shutil; "
+    "shutil.disk_usage = lambda path: collections.namedtuple('U', 'free')(1000); "
+)
+
+CASES = {
+    "no such site": ("harvest --site=resid_post.99 --text=text --out=out", "resid_post.99"),
+    "no text": ("harvest --text=no_text --out=out", "no_text"),
+    "full disk": ("harvest --text=text --out=out", "free"),
+    "k above n_latents": (
+        "train --config=good.py --workdir=out --config.sae.k=500",
+        "sae.k = 500",
+    ),
+    "lanes do not divide the batch": (
+        "train --config=good.py --workdir=out --config.data.lanes=7",
+        "data.lanes = 7",
+    ),
+    "mesh does not divide the batch": (
+        "train --config=good.py --workdir=out --cpu_devices=3 --config.mesh.data=3",
+        "mesh.data = 3",
+    ),
+    "store still being written": (
+        "train --config=unfinished.py --workdir=out",
+        "unfinished",
+    ),
+    "torn shard": ("train --config=torn.py --workdir=out", "c/1/0"),
+    "only held-out rows": ("train --config=heldout.py --workdir=out", "held-out"),
+    "misspelt field": (
+        "train --config=good.py --workdir=out --config.sae.n_latent=64",
+        "did you mean 'sae.n_latents'",
+    ),
+    "no run folder": ("evaluate nothing", "nothing"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_gives_one_clear_line(case, folder):
+    arguments, message = CASES[case]
+    code = f"{_FULL_DISK if case == 'full disk' else ''}from sae_jax.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments.split()],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode not in (0, None), done.stdout
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith(f"sae-jax {arguments.split()[0]}: ")
+    assert message in lines[0]
+    assert not (folder / "out").exists()
