@@ -231,6 +231,7 @@ def test_refuses_what_is_not_a_complete_store(store, tmp_path):
         ({"complete": False}, "still being written"),
         ({"version": 9}, "version 9"),
         ({"surprise": 1}, "not a store's manifest"),
+        ({"sites": {"../../escape": 4}}, "no site is called '../../escape'"),
     ):
         file.write_text(json.dumps(json.loads(text) | change))
         with pytest.raises(ValueError, match=message):

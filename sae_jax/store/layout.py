@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ class Manifest:
     complete: bool = False
     statistics: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     sums: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for site in self.sites:  # they name folders, and a store may come from anyone
+            if not re.fullmatch(r"[a-z_]+\.\d+", site):
+                raise ValueError(f"no site is called {site!r}")
 
 
 @dataclasses.dataclass(frozen=True)
