@@ -9,9 +9,21 @@ S latent shards, T tokens. Importing this package starts no JAX backend.
 """
 
 from sae_jax.config import TrainConfig
+from sae_jax.evals import evaluate
+from sae_jax.harvest import harvest
 from sae_jax.loop import train
 from sae_jax.run import load
 from sae_jax.saes import SparseCode
 from sae_jax.store import open_store
+from sae_jax.subjects import load_subject
 
-__all__ = ["SparseCode", "TrainConfig", "load", "open_store", "train"]
+__all__ = [
+    "SparseCode",
+    "TrainConfig",
+    "evaluate",
+    "harvest",
+    "load",
+    "load_subject",
+    "open_store",
+    "train",
+]

@@ -1,0 +1,196 @@
+"""What every metric is given: an SAE, its subject, and held-out contexts.
+
+A metric reads whole held-out contexts, drawn without replacement by the seed, so that
+errors can be taken over contexts and smaller draws are part of larger ones.
+"""
+
+import dataclasses
+import io
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpy.typing import NDArray
+
+from sae_jax.mesh import DATA, LATENT, batch_sharding, replicated
+from sae_jax.progress import Progress
+from sae_jax.store import Store
+from sae_jax.subjects import Subject
+
+
+class Sae(Protocol):
+    """What a metric asks of an architecture; it must be a pytree."""
+
+    mesh: Mesh
+    site: str
+
+    @property
+    def n_latents(self) -> int: ...
+
+    @property
+    def d_model(self) -> int: ...
+
+    def encode(self, acts: jax.Array) -> Any: ...
+
+    def decode(self, code: Any) -> jax.Array: ...
+
+    def normalize(
+        self, acts: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """How much to evaluate on, and how much at a time.
+
+    Rows come in whole contexts. Batches are rounded up to what the mesh divides.
+    """
+
+    rows: int = 262_144
+    batch_rows: int = 2048
+    sequences: int = 128  # contexts for the downstream figures
+    batch_sequences: int = 16
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(
+                    f"{field.name} = {getattr(self, field.name)}: must be at least 1"
+                )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Context:
+    """One evaluation: SAE, subject and store that belong together, on one mesh."""
+
+    sae: Sae
+    subject: Subject
+    store: Store
+    site: str
+    mesh: Mesh
+    seed: int
+    progress: bool
+    # What metrics share, kept by the module that made it.
+    measured: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+
+def open_context(
+    sae: Sae,
+    subject: Subject,
+    store: Store,
+    mesh: Mesh | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Context:
+    """The context of an evaluation, checked; the subject is placed on the mesh.
+
+    Raises:
+        ValueError: SAE, subject, store and mesh do not belong together.
+    """
+    site = store.site(sae.site)
+    if store.width(site) != sae.d_model:
+        raise ValueError(
+            f"{store.path}: site {site} has rows of width {store.width(site)}, the SAE "
+            f"reads rows of width {sae.d_model}: evaluate on a store of its own site"
+        )
+    stored = store.manifest.subject
+    if stored["identity"] != subject.identity:
+        raise ValueError(
+            f"{store.path} was harvested from subject {stored['name']} "
+            f"({stored['identity'][:12]}), not from {subject.name} "
+            f"({subject.identity[:12]}): give the subject of the store"
+        )
+    if mesh is not None and mesh != sae.mesh:
+        raise ValueError(
+            f"the SAE is on a mesh {dict(sae.mesh.shape)}, not {dict(mesh.shape)}: "
+            "load it on the mesh that evaluates it"
+        )
+    if not store.rows("heldout"):
+        raise ValueError(
+            f"{store.path} has no held-out rows: harvest more documents, so that "
+            "some of them are held out"
+        )
+    subject = jax.device_put(subject, replicated(sae.mesh))
+    return Context(sae, subject, store, site, sae.mesh, seed, progress)
+
+
+def choose_sequences(context: Context, n_sequences: int) -> NDArray[np.int64]:
+    """At most `n_sequences` held-out sequences, drawn by the seed, in store order."""
+    heldout = np.asarray(context.store.sequences("heldout"))
+    drawn = np.random.default_rng(context.seed).permutation(heldout)[:n_sequences]
+    return np.sort(drawn)
+
+
+def choose_row_sequences(context: Context, rows: int) -> NDArray[np.int64]:
+    """The sequences that hold at least `rows` held-out rows, or all there are."""
+    return choose_sequences(context, -(-rows // context.store.context_length))
+
+
+def iterate_rows(
+    context: Context,
+    sequences: NDArray[np.int64],
+    batch_rows: int,
+    task: str | None = None,
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """All rows of the sequences, in batches of one shape, over the data axis.
+
+    With a `task` to name, progress is shown.
+
+    Yields:
+        Rows [B, D] and which of them count, bool [B]: the last batch is filled up
+        with rows that do not. B is a whole number of contexts.
+    """
+    store, n_positions = context.store, context.store.context_length
+    per_batch = _round_up(max(1, batch_rows // n_positions), context.mesh.shape[DATA])
+    mask_sharding = NamedSharding(context.mesh, PartitionSpec(DATA))
+    shape = (per_batch * n_positions, store.width(context.site))
+    progress = _start_progress(context, task, len(sequences) * n_positions, "rows")
+    for start in range(0, len(sequences), per_batch):
+        chosen = sequences[start : start + per_batch]
+        # Anew for each batch: on a CPU the device array may share this buffer.
+        rows_bd = np.empty(shape, jnp.bfloat16)
+        n_real = len(chosen) * n_positions
+        ranges = [(int(sequence) * n_positions, n_positions) for sequence in chosen]
+        store.read_ranges(context.site, ranges, into=rows_bd[:n_real])
+        # Real rows, not zeros: a row without a norm could give a NaN.
+        rows_bd[n_real:] = rows_bd[0]
+        yield (
+            jax.device_put(rows_bd, batch_sharding(context.mesh)),
+            jax.device_put(np.arange(len(rows_bd)) < n_real, mask_sharding),
+        )
+        progress.update(start * n_positions + n_real)
+    progress.close()
+
+
+def iterate_tokens(
+    context: Context,
+    sequences: NDArray[np.int64],
+    batch_sequences: int,
+    task: str | None = None,
+) -> Iterator[tuple[jax.Array, int]]:
+    """Tokens [B, T] in batches of one shape, over all devices, and how many count."""
+    n_batch = _round_up(batch_sequences, context.mesh.size)
+    sharding = NamedSharding(context.mesh, PartitionSpec((DATA, LATENT), None))
+    progress = _start_progress(context, task, len(sequences), "contexts")
+    for start in range(0, len(sequences), n_batch):
+        chosen = sequences[start : start + n_batch]
+        tokens_bt = context.store.read_tokens(chosen)
+        padding = ((0, n_batch - len(chosen)), (0, 0))
+        padded_bt = np.pad(tokens_bt, padding, mode="edge")
+        yield jax.device_put(padded_bt, sharding), len(chosen)
+        progress.update(start + len(chosen))
+    progress.close()
+
+
+def _round_up(number: int, multiple_of: int) -> int:
+    return -(-number // multiple_of) * multiple_of
+
+
+def _start_progress(
+    context: Context, task: str | None, total: int, unit: str
+) -> Progress:
+    is_shown = context.progress and task is not None
+    return Progress(total, unit, task or "", stream=None if is_shown else io.StringIO())

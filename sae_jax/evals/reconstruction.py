@@ -1,0 +1,53 @@
+"""How well rows are rebuilt, under the names that papers and libraries use.
+
+Over held-out rows x, their mean m and reconstructions x̂:
+
+    nmse            sum |x̂ - x|^2 / sum |x - m|^2, in the SAE's normalised space
+    nmse_raw        the same in activation space; compare this across normalisations
+    mse_over_power  mean of |x̂ - x|^2 / |x|^2, in activation space; rows x = 0 left out
+    fvu_batch       mean over batches of sum |x̂ - x|^2 / sum |x - batch mean|^2, in
+                    activation space
+    cosine          mean of x̂·x / |x̂||x|, in activation space
+    l0              mean number of latents above 0
+
+Source: Gao et al. 2024 (arXiv:2406.04093), section 2.1, for nmse; its released code
+for mse_over_power; SAE libraries for fvu_batch.
+"""
+
+import numpy as np
+
+from sae_jax.evals.context import Context, EvaluateConfig
+from sae_jax.evals.figures import Array, Figure, make_figure, mean_figure, ratio_figure
+from sae_jax.evals.rows import measure_rows
+
+
+def compute(context: Context, config: EvaluateConfig) -> dict[str, Figure]:
+    """The figures above, all over the same held-out rows."""
+    rows = measure_rows(context, config)
+    fvu = make_figure(float(rows.fvu_n.mean()), None, len(rows.fvu_n), "batches")
+    return {
+        "nmse": _ratio(rows.error_st, rows.variation_st),
+        "nmse_raw": _ratio(rows.error_raw_st, rows.variation_raw_st),
+        "mse_over_power": _mean_quotient(rows.error_raw_st, rows.power_raw_st),
+        "fvu_batch": fvu,
+        "cosine": mean_figure(rows.cosine_st, "rows"),
+        "l0": mean_figure(rows.l0_st, "rows"),
+    }
+
+
+def _ratio(numerator_st: Array, denominator_st: Array) -> Figure:
+    return ratio_figure(
+        numerator_st.sum(axis=1), denominator_st.sum(axis=1), numerator_st.size, "rows"
+    )
+
+
+def _mean_quotient(numerator_st: Array, denominator_st: Array) -> Figure:
+    is_defined_st = denominator_st > 0
+    quotient_st = np.divide(
+        numerator_st,
+        denominator_st,
+        where=is_defined_st,
+        out=np.zeros_like(numerator_st),
+    )
+    counts_s = is_defined_st.sum(axis=1).astype(np.float64)
+    return ratio_figure(quotient_st.sum(axis=1), counts_s, int(counts_s.sum()), "rows")

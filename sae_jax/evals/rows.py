@@ -1,0 +1,144 @@
+"""One pass over held-out rows: what `reconstruction` and `density` are made of.
+
+A row gives a handful of float32 numbers, computed on the device against means that a
+first pass over the rows has found; all sums over rows are float64 on the host. So
+nothing cancels, however far the mean is from zero.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from sae_jax.evals.context import (
+    Context,
+    EvaluateConfig,
+    Sae,
+    choose_row_sequences,
+    iterate_rows,
+)
+from sae_jax.mesh import replicated
+
+Array = NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowMeasures:
+    """Figures of each row [contexts, positions], of each batch, and firing counts.
+
+    Squares are summed over D: `error` is |x̂ - x|^2, `variation` is |x - mean of the
+    data|^2, both in the SAE's space, or with `_raw` in activation space; `power_raw`
+    is |x|^2. `cosine` is 0 where x or x̂ is 0. `fvu_n` has one entry a batch. A latent
+    fires where its value is above 0.
+    """
+
+    error_st: Array
+    variation_st: Array
+    error_raw_st: Array
+    variation_raw_st: Array
+    power_raw_st: Array
+    cosine_st: Array
+    l0_st: Array
+    fvu_n: Array
+    counts_l: NDArray[np.int64]
+
+    @property
+    def n_rows(self) -> int:
+        return self.error_st.size
+
+
+def measure_rows(context: Context, config: EvaluateConfig) -> RowMeasures:
+    """The measures of `config.rows` held-out rows; done once for each context."""
+    key = (config.rows, config.batch_rows)
+    if key not in context.measured:
+        context.measured[key] = _measure(context, config)
+    return context.measured[key]
+
+
+def _measure(context: Context, config: EvaluateConfig) -> RowMeasures:
+    sequences = choose_row_sequences(context, config.rows)
+    n_positions = context.store.context_length
+    sae, everywhere = context.sae, replicated(context.mesh)
+    means = _find_means(context, sequences, config.batch_rows)
+    measure_batch = jax.jit(_measure_batch, out_shardings=everywhere)
+    counts_l = jax.device_put(jnp.zeros(sae.n_latents, jnp.int32), everywhere)
+    batches: list[dict[str, NDArray[np.float32]]] = []
+    for rows_bd, mask_b in iterate_rows(
+        context, sequences, config.batch_rows, "measure"
+    ):
+        measures, counts_l = measure_batch(sae, rows_bd, mask_b, means, counts_l)
+        batches.append(jax.device_get(measures))
+    n_rows = len(sequences) * n_positions
+    per_row = {
+        f"{name}_st": _concatenate(batches, name)[:n_rows].reshape(-1, n_positions)
+        for name in batches[0]
+        if name != "fvu"
+    }
+    return RowMeasures(
+        **per_row,
+        fvu_n=_concatenate(batches, "fvu"),
+        counts_l=np.asarray(counts_l, np.int64),
+    )
+
+
+def _find_means(
+    context: Context, sequences: NDArray[np.int64], batch_rows: int
+) -> tuple[jax.Array, jax.Array]:
+    """The mean row [D] in the SAE's space and in activation space."""
+    sum_batch = jax.jit(_sum_batch, out_shardings=replicated(context.mesh))
+    total: Any = 0
+    for rows_bd, mask_b in iterate_rows(context, sequences, batch_rows):
+        sums = jax.device_get(sum_batch(context.sae, rows_bd, mask_b))
+        total = total + np.asarray(sums, np.float64)
+    n_rows = len(sequences) * context.store.context_length
+    mean_d, mean_raw_d = (total / n_rows).astype(np.float32)
+    return jnp.asarray(mean_d), jnp.asarray(mean_raw_d)
+
+
+def _sum_batch(sae: Sae, rows_bd: jax.Array, mask_b: jax.Array) -> jax.Array:
+    raw_bd = rows_bd.astype(jnp.float32)
+    normed_bd, _, _ = sae.normalize(raw_bd)
+    both_2bd = jnp.stack([normed_bd.astype(jnp.float32), raw_bd])
+    return jnp.sum(both_2bd, axis=1, where=mask_b[:, None])
+
+
+def _measure_batch(
+    sae: Sae,
+    rows_bd: jax.Array,
+    mask_b: jax.Array,
+    means: tuple[jax.Array, jax.Array],
+    counts_l: jax.Array,
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    mean_d, mean_raw_d = means
+    raw_bd = rows_bd.astype(jnp.float32)
+    code = sae.encode(raw_bd)
+    recon_bd = sae.decode(code)
+    normed_bd, _, scale_b1 = sae.normalize(raw_bd)
+    fired_bk = (code.values > 0) & mask_b[:, None]
+    error_raw_b = _sum_squares(recon_bd - raw_bd)
+    power_raw_b = _sum_squares(raw_bd)
+    norms_b = jnp.sqrt(power_raw_b) * jnp.sqrt(_sum_squares(recon_bd))
+    batch_mean_d = jnp.mean(raw_bd, axis=0, where=mask_b[:, None])
+    variation_b = _sum_squares(raw_bd - batch_mean_d)
+    return {
+        "error": _sum_squares((recon_bd - raw_bd) / scale_b1),
+        "variation": _sum_squares(normed_bd - mean_d),
+        "error_raw": error_raw_b,
+        "variation_raw": _sum_squares(raw_bd - mean_raw_d),
+        "power_raw": power_raw_b,
+        "cosine": jnp.sum(recon_bd * raw_bd, axis=1) / jnp.where(norms_b, norms_b, 1),
+        "l0": jnp.sum(fired_bk, axis=1),
+        "fvu": jnp.sum(error_raw_b, where=mask_b, keepdims=True)
+        / jnp.sum(variation_b, where=mask_b),
+    }, counts_l.at[code.indices].add(fired_bk.astype(jnp.int32))
+
+
+def _sum_squares(rows_bd: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(rows_bd.astype(jnp.float32)), axis=1)
+
+
+def _concatenate(batches: list[dict[str, Any]], name: str) -> Array:
+    return np.concatenate([batch[name] for batch in batches]).astype(np.float64)

@@ -1,0 +1,264 @@
+"""Every figure against plain float64 NumPy, planted SAEs, meshes and refusals."""
+
+import dataclasses
+import json
+
+import numpy as np
+import oracle
+import planted
+import pytest
+from planted import SITE, D, K, L, T
+
+from sae_jax.config import MeshConfig
+from sae_jax.evals import EvaluateConfig, evaluate, format_table
+from sae_jax.evals.context import choose_sequences, open_context
+from sae_jax.evals.figures import mean_figure, ratio_figure
+from sae_jax.mesh import make_mesh
+
+# The store has 21 held-out contexts, so in batches of 4 the last has one.
+SMALL = EvaluateConfig(rows=10_000, batch_rows=4 * T, sequences=21, batch_sequences=4)
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return planted.make_subject()
+
+
+@pytest.fixture(scope="module")
+def store(subject, tmp_path_factory):
+    return planted.write_store(tmp_path_factory.mktemp("evals") / "store", subject)
+
+
+def _values(results):
+    return {
+        name: figure["value"]
+        for metric in results["metrics"].values()
+        for name, figure in metric.items()
+        if "value" in figure
+    }
+
+
+@pytest.mark.parametrize("kind", ["none", "center_unit_norm", "layer_norm"])
+def test_reconstruction_and_density_are_those_of_numpy(subject, store, kind):
+    params = planted.random_params()
+    sae = planted.make_sae(params, kind=kind)
+    results = evaluate(
+        sae, subject, store, ("reconstruction", "density"), config=SMALL
+    )
+    acts_std = planted.heldout_rows(store)
+    code_stl, recon_std = planted.encode(params, acts_std, kind=kind)
+    x, x_hat = acts_std.reshape(-1, D), recon_std.reshape(-1, D)
+    normed, shift, scale = oracle.normalize(kind, x)
+    error_b = ((x_hat - x) ** 2).sum(1)
+    fvu = [
+        error_b[i : i + 4 * T].sum() / ((part - part.mean(0)) ** 2).sum()
+        for i in range(0, len(x), 4 * T)
+        for part in [x[i : i + 4 * T]]
+    ]
+    counts_l = (code_stl.reshape(-1, L) > 0).sum(0)
+    want = {
+        "nmse": (((x_hat - shift) / scale - normed) ** 2).sum()
+        / ((normed - normed.mean(0)) ** 2).sum(),
+        "nmse_raw": error_b.sum() / ((x - x.mean(0)) ** 2).sum(),
+        "mse_over_power": (error_b / (x**2).sum(1)).mean(),
+        "fvu_batch": np.mean(fvu),
+        "cosine": (
+            (x * x_hat).sum(1)
+            / np.linalg.norm(x, axis=1)
+            / np.linalg.norm(x_hat, axis=1)
+        ).mean(),
+        "l0": counts_l.sum() / len(x),
+        "n_dead": (counts_l == 0).sum(),
+        "dead_fraction": (counts_l == 0).mean(),
+    }
+    values = _values(results)
+    assert values.keys() == want.keys()
+    for name, value in want.items():
+        assert values[name] == pytest.approx(value, rel=2e-5), name
+    assert want["n_dead"] >= 2
+    histogram = results["metrics"]["density"]["histogram"]
+    counted, _ = np.histogram(
+        np.log10(counts_l[counts_l > 0] / len(x)), histogram["log10_edges"]
+    )
+    assert histogram["counts"] == counted.tolist()
+    assert sum(counted) == L - want["n_dead"]
+    assert results["rows"] == len(x) == store.rows("heldout")
+    assert results["metrics"]["reconstruction"]["nmse"]["samples"] == len(x)
+
+
+def test_a_mean_far_from_zero_cancels_nothing(subject, store):
+    rng = np.random.default_rng(0)
+    # At 4096 bfloat16 holds multiples of 32 exactly.
+    x = 4096.0 + 32 * rng.integers(-3, 4, size=(store.rows("heldout"), D))
+    first = int(store.sequences("heldout")[0]) * T
+
+    class Far:
+        """The same store with other rows."""
+
+        def __getattr__(self, name):
+            return getattr(store, name)
+
+        def read_ranges(self, site, ranges, into):
+            starts = [start - first for start, _ in ranges]
+            into[:] = np.concatenate([x[start : start + T] for start in starts])
+
+    params = planted.random_params()
+    results = evaluate(
+        planted.make_sae(params), subject, Far(), ("reconstruction",), config=SMALL
+    )
+    _, x_hat = planted.encode(params, x)
+    want = ((x_hat - x) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+    assert _values(results)["nmse_raw"] == pytest.approx(want, rel=1e-4)
+
+
+def test_downstream_is_that_of_numpy(subject, store):
+    params = planted.random_params()
+    sae = planted.make_sae(params)
+    results = evaluate(sae, subject, store, ("downstream",), config=SMALL)
+    sequences = store.sequences("heldout")
+    tokens_bt = store.read_tokens(sequences)
+    acts_btd = planted.rows_of(subject, tokens_bt)
+    mean_btd = np.broadcast_to(store.statistics(SITE).mean_d, acts_btd.shape)
+    kinds = {
+        "clean": acts_btd,
+        "sae": planted.encode(params, acts_btd)[1],
+        "mean": mean_btd,
+        "zero": 0 * acts_btd,
+    }
+    log_p = {k: planted.log_predictions(subject, x)[:, :-1] for k, x in kinds.items()}
+    ce = {
+        k: -np.take_along_axis(p, tokens_bt[:, 1:, None], axis=-1).mean()
+        for k, p in log_p.items()
+    }
+    kl = np.exp(log_p["clean"]) * (log_p["clean"] - log_p["sae"])
+    want = {
+        "ce_clean": ce["clean"],
+        "ce_sae": ce["sae"],
+        "ce_mean_ablated": ce["mean"],
+        "ce_zero_ablated": ce["zero"],
+        "delta_ce": ce["sae"] - ce["clean"],
+        "kl": kl.sum(-1).mean(),
+        "recovered_from_mean": (ce["mean"] - ce["sae"]) / (ce["mean"] - ce["clean"]),
+        "recovered_from_zero": (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["clean"]),
+    }
+    values = _values(results)
+    assert values.keys() == want.keys()
+    for name, value in want.items():
+        assert values[name] == pytest.approx(value, rel=1e-4), name
+    samples = results["metrics"]["downstream"]["kl"]["samples"]
+    assert samples == len(sequences) * (T - 1)
+
+
+def test_a_perfect_sae(subject, store):
+    sae = planted.make_sae(planted.perfect_params(), k=D)
+    values = _values(evaluate(sae, subject, store, config=SMALL))
+    assert values["nmse"] == values["nmse_raw"] == values["mse_over_power"] == 0
+    assert values["cosine"] == pytest.approx(1, abs=1e-6)
+    assert values["kl"] == pytest.approx(0, abs=1e-6)
+    assert values["recovered_from_mean"] == pytest.approx(1, abs=1e-6)
+    assert values["recovered_from_zero"] == pytest.approx(1, abs=1e-6)
+    assert values["n_dead"] == L - 2 * D
+
+
+def test_an_sae_that_returns_a_constant(subject, store):
+    mean_d = store.statistics(SITE).mean_d
+    data_mean_d = planted.heldout_rows(store).reshape(-1, D).mean(0)
+    at_data_mean = planted.make_sae(planted.constant_params(data_mean_d))
+    values = _values(evaluate(at_data_mean, subject, store, config=SMALL))
+    assert values["nmse"] == pytest.approx(1, rel=1e-5)
+    assert values["l0"] == 0 and values["dead_fraction"] == 1
+    at_train_mean = planted.make_sae(planted.constant_params(mean_d))
+    values = _values(evaluate(at_train_mean, subject, store, config=SMALL))
+    assert values["recovered_from_mean"] == pytest.approx(0, abs=1e-6)
+    at_zero = planted.make_sae(planted.constant_params(np.zeros(D)))
+    values = _values(evaluate(at_zero, subject, store, config=SMALL))
+    assert values["recovered_from_zero"] == pytest.approx(0, abs=1e-6)
+    assert values["mse_over_power"] == pytest.approx(1, rel=1e-6)
+
+
+def test_sharded_equals_one_device(subject, store):
+    params, results = planted.random_params(), {}
+    for shape in (None, (2, 4)):
+        sae = planted.make_sae(params, kind="center_unit_norm", mesh_shape=shape)
+        results[shape] = evaluate(sae, subject, store, config=SMALL)
+    one, eight = (_values(results[shape]) for shape in (None, (2, 4)))
+    for name, value in one.items():
+        assert eight[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    histograms = [r["metrics"]["density"]["histogram"] for r in results.values()]
+    assert histograms[0] == histograms[1]
+
+
+def test_only_heldout_rows_are_read(subject, store):
+    context = open_context(planted.make_sae(planted.random_params()), subject, store)
+    heldout = set(store.sequences("heldout").tolist())
+    drawn = {n: set(choose_sequences(context, n).tolist()) for n in (5, 12, 10**9)}
+    assert len(drawn[5]) == 5 and drawn[5] < drawn[12] < heldout == drawn[10**9]
+    other = dataclasses.replace(context, seed=1)
+    assert set(choose_sequences(other, 5).tolist()) != drawn[5]
+
+
+def test_results_are_json_and_a_table(subject, store):
+    sae = planted.make_sae(planted.random_params())
+    results = evaluate(sae, subject, store, config=SMALL)
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    table = format_table(results)
+    assert max(len(line) for line in table.splitlines()) <= 80
+    assert f"{L} latents at {SITE} of planted, 336 held-out rows" in table
+    assert "fewer rows than the 200,000 wanted" in table
+    for name in _values(results):
+        assert f"\n  {name} " in table
+
+
+def test_intervals_cover_95_percent():
+    """Contexts whose rows are all alike: an interval over rows would cover far less."""
+    rng = np.random.default_rng(0)
+    covered = {"mean": 0, "ratio": 0}
+    for _ in range(1000):
+        values_st = np.repeat(rng.normal(3, 1, size=(60, 1)), 20, axis=1)
+        figure = mean_figure(values_st, "rows")
+        covered["mean"] += abs(figure["value"] - 3) <= figure["ci95"]
+        below_s = rng.uniform(1, 3, size=60)
+        figure = ratio_figure(below_s * rng.normal(0.5, 0.1, 60), below_s, 60, "rows")
+        covered["ratio"] += abs(figure["value"] - 0.5) <= figure["ci95"]
+    assert all(920 < n < 970 for n in covered.values()), covered
+
+
+def test_refusals(subject, store, tmp_path):
+    sae = planted.make_sae(planted.random_params())
+
+    def refuses(match, sae=sae, subject=subject, store=store, **rest):
+        with pytest.raises(ValueError, match=match) as error:
+            evaluate(sae, subject, store, config=SMALL, **rest)
+        assert "\n" not in str(error.value)
+
+    refuses("unknown metric 'densty': did you mean 'density'", metrics=("densty",))
+    other = dataclasses.replace(subject, identity="1" * 64, name="other")
+    refuses("harvested from subject planted .0000.*not from other .1111", subject=other)
+    empty = planted.write_store(tmp_path / "empty", subject, heldout=False)
+    refuses("has no held-out rows", store=empty)
+    refuses("on a mesh .*not", mesh=make_mesh(MeshConfig(2, 4)))
+    broken = planted.random_params()
+    broken["b_dec_d"][0] = np.nan
+    refuses("reconstruction.nmse.value = nan", sae=planted.make_sae(broken))
+
+    class Narrow:
+        site, d_model = SITE, D - 1
+
+    refuses(f"rows of width {D}, the SAE reads rows of width {D - 1}", sae=Narrow())
+    with pytest.raises(ValueError, match="rows = 0: must be at least 1"):
+        EvaluateConfig(rows=0)
+
+
+def test_one_compilation_for_each_program(subject, store, monkeypatch):
+    """Padding keeps one shape, so the last batch compiles nothing."""
+    sae, traced = planted.make_sae(planted.random_params()), []
+    decode = type(sae).decode
+
+    def counting(self, code):
+        traced.append(code.values.shape)
+        return decode(self, code)
+
+    monkeypatch.setattr(type(sae), "decode", counting)
+    config = dataclasses.replace(SMALL, batch_rows=5 * T, batch_sequences=5)
+    evaluate(sae, subject, store, config=config)
+    assert traced == [(5 * T, K), (5, T, K)]  # the pass over rows, and the splice

@@ -1,0 +1,167 @@
+"""The report: whole in one file, escaped, and true to the results."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import planted
+import pytest
+from planted import SITE, L, T
+
+from sae_jax import report
+from sae_jax.config import to_json
+from sae_jax.evals import EvaluateConfig, evaluate
+from sae_jax.viewer import LatentView, TopContext, top_contexts
+from synthetic import make_config
+
+SMALL = EvaluateConfig(rows=10_000, batch_rows=4 * T, sequences=8, batch_sequences=4)
+METRICS_ROWS = [
+    {"rows": 10.0 * i, "nmse": 1 / i, "aux_loss": 0.0, "n_dead": 0, "l0": 3.0}
+    for i in range(1, 9)
+]
+VOID = {"meta", "path", "use", "rect", "circle"}
+
+
+class _Page(HTMLParser):
+    """Checks that tags nest, and gathers what the tests ask about."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder with its store, subject and SAE."""
+    folder = tmp_path_factory.mktemp("report")
+    subject = planted.make_subject()
+    store = planted.write_store(folder / "store", subject)
+    run_dir = folder / "run"
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text(to_json(make_config(folder / "store")))
+    lines = [json.dumps(row) + "\n" for row in METRICS_ROWS]
+    (run_dir / "metrics.jsonl").write_text("".join(lines))
+    return run_dir, planted.make_sae(planted.random_params()), subject, store
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    run_dir, sae, subject, store = run
+    results = evaluate(sae, subject, store, config=SMALL)
+    views = top_contexts(sae, subject, store, 5, config=SMALL)
+    path = report.write_report(run_dir, results, views, METRICS_ROWS)
+    assert path == run_dir / "report.html"
+    return path.read_text(encoding="utf-8"), results, views
+
+
+def test_the_page_needs_nothing_from_outside(page):
+    text, _, _ = page
+    parsed = _Page(text)
+    assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", text)
+    assert not {"script", "link", "img", "iframe"} & set(parsed.tags)
+    names = {name for name, _ in parsed.attributes}
+    assert not any(name == "src" or name.startswith("on") for name in names)
+    assert all(
+        value.startswith("#") for name, value in parsed.attributes if "href" in name
+    )
+    ids = [value for name, value in parsed.attributes if name == "id"]
+    assert len(ids) == len(set(ids)) > 0
+    used = {v[1:] for n, v in parsed.attributes if "href" in n}
+    used |= set(re.findall(r"url\(#([^)]*)\)", text))
+    assert used <= set(ids)
+
+
+def test_text_is_escaped_and_whitespace_is_seen(page):
+    text, _, views = page
+    shown = [token for view in views for c in view.contexts for token in c.tokens]
+    assert {"<script>", "\n", "\t", "&", '"'} <= set(shown)
+    assert "<script>" not in text and "&lt;script&gt;" in text
+    assert "held<out>" not in text and "held&lt;out&gt;.txt" in text
+    marks = re.findall(r"<mark[^>]*>(.*?)</mark>", text)
+    assert "↵" in marks and "⇥" in marks
+
+
+def test_every_figure_latent_and_plot_is_there(page):
+    text, results, views = page
+    parsed = _Page(text)
+    for metric in results["metrics"].values():
+        for name, figure in metric.items():
+            if "value" in figure:
+                assert name in parsed.text
+                assert report.format_value(figure["value"]) in parsed.text
+    assert "fewer rows than the 200,000" in re.sub(r"\s+", " ", parsed.text)
+    assert f"{L} latents at {SITE}" in parsed.text
+    for view in views:
+        assert f"latent {view.latent}" in parsed.text
+    assert parsed.tags.count("svg") == 5  # four curves and the histogram
+    assert '"dead_after_rows"' in parsed.text
+
+
+def test_shading_follows_the_activation(page, tmp_path):
+    _, results, _ = page
+    (tmp_path / "config.json").write_text("{}")
+    context = TopContext("a.txt", 0, 1, 1, ("x", "y", "z"), (0.5, 2.0, 0.0))
+    view = LatentView(3, 0.01, (context,))
+    path = report.write_report(tmp_path, results, [view], [])
+    text = path.read_text(encoding="utf-8")
+    assert '<mark style="--a:0.33" title="0.5">x</mark>' in text
+    assert '<mark class="peak" style="--a:1.00" title="2">y</mark>z</code>' in text
+    assert "fires on 1 % of rows, at most 2" in re.sub(r"\s+", " ", text)
+
+
+def test_the_same_input_gives_the_same_page(run, page):
+    run_dir, (text, results, views) = run[0], page
+    path = report.write_report(run_dir, results, views, METRICS_ROWS)
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_a_run_that_has_not_trained_has_no_curves(run, page, tmp_path):
+    _, results, _ = page
+    (tmp_path / "config.json").write_text("{}")
+    assert report.read_metrics(tmp_path) == []
+    results = results | {"metrics": {}}
+    text = report.write_report(tmp_path, results, [], []).read_text(encoding="utf-8")
+    assert "<svg" not in text and "What latents fire on" not in text
+
+
+def test_evaluate_run_leaves_both_files(run, monkeypatch):
+    run_dir, sae, subject, store = run
+    asked = []
+    monkeypatch.setattr(report, "load", lambda *args: asked.append(args) or sae)
+    monkeypatch.setattr(
+        report, "load_subject", lambda name: asked.append(name) or subject
+    )
+    results = report.evaluate_run(run_dir, subject="mine", config=SMALL, weights="raw")
+    assert asked[0] == "mine" and asked[1][0] == run_dir and asked[1][2] == "raw"
+    assert asked[1][1].shape == {"data": 1, "latent": 8}
+    saved = json.loads((run_dir / report.EVALUATION_FILE).read_text())
+    assert saved == results
+    assert saved["weights"] == "raw" and saved["rows"] == store.rows("heldout")
+    assert "latent " in (run_dir / report.REPORT_FILE).read_text(encoding="utf-8")
+    (run_dir / report.REPORT_FILE).unlink()
+    report.evaluate_run(run_dir, subject="mine", config=SMALL, report=False)
+    assert not (run_dir / report.REPORT_FILE).exists()
+
+
+def test_a_subject_that_is_not_in_the_package_must_be_named(run):
+    with pytest.raises(ValueError, match="subject 'planted', .* with --subject"):
+        report.evaluate_run(run[0], config=SMALL)
