@@ -10,7 +10,6 @@ S latent shards, T tokens. Importing this package starts no JAX backend.
 
 from sae_jax.config import TrainConfig
 from sae_jax.evals import evaluate
-from sae_jax.harvest import harvest
 from sae_jax.loop import train
 from sae_jax.run import load
 from sae_jax.saes import SparseCode
@@ -21,7 +20,6 @@ __all__ = [
     "SparseCode",
     "TrainConfig",
     "evaluate",
-    "harvest",
     "load",
     "load_subject",
     "open_store",

@@ -124,9 +124,8 @@ class Checkpoints:
 
 def check_space(workdir: str | Path, setup: Setup) -> None:
     """Raises OSError when the disk cannot hold the checkpoints of this run."""
-    one = sum(
-        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states.abstract(setup))
-    )
+    leaves = jax.tree.leaves(states.abstract(setup))
+    one = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     needed = one * (setup.config.checkpoints_kept + 1)  # the new one beside the old
     free = shutil.disk_usage(workdir).free
     if needed > free:

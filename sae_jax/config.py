@@ -173,7 +173,7 @@ def checked(config: _Config) -> _Config:
         fields[field.name] = (
             checked(value) if dataclasses.is_dataclass(value) else value
         )
-    return type(config)(**fields)  # type: ignore[return-value]
+    return type(config)(**fields)
 
 
 def to_json(config: Any) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from sae_jax import checkpoint, loader, state
 from sae_jax import config as configs
@@ -133,7 +134,8 @@ class _Report:
         self._last = (start, time.monotonic())
 
     def step(self, step: int, metrics: Metrics) -> None:
-        scalars = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        metrics = jax.device_get(metrics)
+        scalars = {name: value.item() for name, value in metrics.items()}
         self._refuse_non_finite(step, scalars)
         rows = step * self._config.data.batch_rows
         self._progress.update(
@@ -221,7 +223,7 @@ def _start_or_resume(
     if step is not None:
         return step, checkpoints.restore(step, setup)
     sample = loader.sample_rows(store, setup.site, _SAMPLE_ROWS, setup.config.seed)
-    return 0, state.create(setup, sample)
+    return 0, state.create(setup, jnp.asarray(sample))
 
 
 def _open_writers(workdir: Path, start: int, extra: Writer | None) -> Writers:

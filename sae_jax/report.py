@@ -31,6 +31,7 @@ from sae_jax.run import CONFIG_FILE, METRICS_FILE, load, read_config
 from sae_jax.store import Store, open_store
 from sae_jax.subjects import Subject, load_subject
 from sae_jax.viewer import LatentView, top_contexts
+from sae_jax.writers import read_json_lines
 
 DEFAULT_SUBJECT = "default"
 EVALUATION_FILE = "evaluation.json"
@@ -120,17 +121,8 @@ def evaluate_run(
         views = top_contexts(
             sae, model, opened, seed=seed, config=config, progress=progress
         )
-        write_report(run_dir, results, views, read_metrics(run_dir))
+        write_report(run_dir, results, views, read_json_lines(run_dir / METRICS_FILE))
     return results
-
-
-def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
-    """The training scalars of a run, one dict a line; none if it has not trained."""
-    file = Path(run_dir) / METRICS_FILE
-    if not file.exists():
-        return []
-    with open(file, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def write_report(

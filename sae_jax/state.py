@@ -120,7 +120,7 @@ def _create(setup: Setup, key: jax.Array, sample_bd: jax.Array) -> TrainState:
 
 
 def _abstract_sae(setup: Setup) -> TopKSae:
-    b_dec_d = jnp.zeros((setup.config.sae.d_model,))  # type: ignore[arg-type]
+    b_dec_d = jnp.zeros((setup.config.sae.d_model,))
     with jax.set_mesh(setup.mesh):
         return nnx.eval_shape(lambda: _new_sae(setup, _key(setup), b_dec_d))
 

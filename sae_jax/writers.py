@@ -84,9 +84,14 @@ class Writers:
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, float]]:
-    """All complete lines of a metrics file; a line cut off by a kill is left out."""
-    rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    """All complete lines of a metrics file; none where there is no file yet.
+
+    A line cut off by a kill is left out.
+    """
+    path, rows = Path(path), []
+    if not path.exists():
+        return []
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -95,8 +100,6 @@ def read_json_lines(path: str | Path) -> list[dict[str, float]]:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    if not path.exists():
-        return
     kept = [row for row in read_json_lines(path) if row["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))

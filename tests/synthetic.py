@@ -30,7 +30,8 @@ def write_store(
 ) -> Path:
     """Writes a store of `sample_rows`, train shards before held-out ones."""
     splits = ["train"] * train_shards + ["heldout"] * heldout_shards
-    rows = {split: splits.count(split) * ROWS_PER_SHARD for split in ("train", "heldout")}
+    rows = {"train": train_shards * ROWS_PER_SHARD}
+    rows["heldout"] = heldout_shards * ROWS_PER_SHARD
     manifest = Manifest(
         subject={"name": "planted", "identity": "0"},
         tokenizer="0",
@@ -58,14 +59,14 @@ def write_store(
 
 
 def make_config(store: Path | str = "", **fields) -> TrainConfig:
-    """A run of 40 steps of 64 rows on the planted store, in which latents die."""
+    """A run of 24 steps of 64 rows on the planted store, in which latents die."""
     defaults = dict(
         sae=SaeConfig(n_latents=128, k=3, k_aux=8),
         optimizer=OptimizerConfig(learning_rate=3e-3),
         data=DataConfig(store=str(store), batch_rows=64, lanes=4, window_chunks=2),
-        rows=40 * 64,
+        rows=24 * 64,
         dead_after_rows=2 * 64,
         log_every_steps=1,
-        checkpoint_every_steps=10,
+        checkpoint_every_steps=8,
     )
     return TrainConfig(**(defaults | fields))

@@ -46,7 +46,10 @@ _FULL_DISK = (
 )
 
 CASES = {
-    "no such site": ("harvest --site=resid_post.99 --text=text --out=out", "resid_post.99"),
+    "no such site": (
+        "harvest --site=resid_post.99 --text=text --out=out",
+        "resid_post.99",
+    ),
     "no text": ("harvest --text=no_text --out=out", "no_text"),
     "full disk": ("harvest --text=text --out=out", "free"),
     "k above n_latents": (
@@ -78,7 +81,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_gives_one_clear_line(case, folder):
     arguments, message = CASES[case]
-    code = f"{_FULL_DISK if case == 'full disk' else ''}from sae_jax.cli import main; main()"
+    fault = _FULL_DISK if case == "full disk" else ""
+    code = f"{fault}from sae_jax.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments.split()],
         cwd=folder,

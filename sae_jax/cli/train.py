@@ -27,9 +27,8 @@ def main(argv: Sequence[str]) -> None:
     """Checks the flags and trains."""
     if len(argv) > 1:
         raise ValueError(f"unexpected argument {argv[1]!r}: give flags only")
-    for flag in (_CONFIG, _WORKDIR):
-        if flag.value is None:
-            raise ValueError(f"--{flag.name} is required; see sae-jax train --help")
+    if _CONFIG.value is None or _WORKDIR.value is None:
+        raise ValueError("give --config=FILE and --workdir=FOLDER; see train --help")
     train(_CONFIG.value, _WORKDIR.value, profile_steps=_profile_steps())
     print(f"trained: {_WORKDIR.value}")
 

@@ -242,8 +242,8 @@ def _add_sums(
     sums: Mapping[str, Any] | None, site: str, acts: np.ndarray, split: str
 ) -> dict[str, Any]:
     """The running sums of a site, with the rows of a train shard added, in float64."""
-    sums = sums or {"rows": 0, "rows_d": 0.0, "norm": 0.0, "square_norm": 0.0}
     rows_d, norm, square_norm = np.zeros(acts.shape[1]), 0.0, 0.0
+    sums = sums or dict(rows=0, rows_d=rows_d.tolist(), norm=0.0, square_norm=0.0)
     for start in range(0, len(acts), 1024):  # float64 of the whole is four times it
         acts_bd = acts[start : start + 1024].astype(np.float64)
         squares_b = np.einsum("bd,bd->b", acts_bd, acts_bd)

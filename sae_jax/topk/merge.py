@@ -36,7 +36,11 @@ def keep_global(values_bk: jax.Array, k: int, axis: str) -> jax.Array:
 
 
 def merge_codes(
-    values_bk: jax.Array, indices_bk: jax.Array, k: int, latents_per_shard: int, axis: str
+    values_bk: jax.Array,
+    indices_bk: jax.Array,
+    k: int,
+    latents_per_shard: int,
+    axis: str,
 ) -> tuple[jax.Array, jax.Array]:
     """The K best values and their global indices [B, K], the same on every shard."""
     global_bk = indices_bk + lax.axis_index(axis) * latents_per_shard
