@@ -12,14 +12,13 @@ So step s reads window s (B / V) // (W R), counted from the start of training, o
 lanes. Process p of P loads the lanes p, p + P, ... A loader's state is the step.
 
 Host memory: V W R D 2 bytes for a window of all lanes (134 MB at V = W = 8, R = D =
-1024), divided by P, times seven: three windows that wait, one in use, and, per
-reading thread, one being read (one more while it is permuted).
+1024), divided by P, times six: three windows read ahead, one in use, and the buffer of
+each of two reading threads.
 """
 
 import functools
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import grain
 import jax
@@ -29,7 +28,7 @@ from jax.sharding import Mesh
 
 from sae_jax.config import DataConfig
 from sae_jax.mesh import DATA, batch_sharding
-from sae_jax.store import Range, Store
+from sae_jax.store import Store
 
 _THREADS = 2
 _WAITING = 3
@@ -64,27 +63,6 @@ def train_batches(
         for batch in batches[step % steps : step % steps + stop_step - step]:
             yield _place(batch, data.batch_rows, mesh)
             step += 1
-
-
-def heldout_batches(
-    store: Store, site: str | None, batch_rows: int, mesh: Mesh, max_rows: int
-) -> Iterator[jax.Array]:
-    """At most `max_rows` held-out rows in whole batches [B, D], in the store's order.
-
-    What does not fill a batch is left out. Raises ValueError if that is all.
-    """
-    process, n_processes = _find_process(mesh, batch_rows)
-    n_batches = min(max_rows, store.rows("heldout")) // batch_rows
-    if n_batches == 0:
-        raise ValueError(
-            f"no batch of {batch_rows} held-out rows: max_rows is {max_rows}, and "
-            f"{str(store.path)!r} has {store.rows('heldout')}; lower the batch"
-        )
-    batches = _HeldoutBatches(
-        store, store.site(site), batch_rows, process, n_processes
-    )
-    for batch in _read_ahead(batches, 0, n_batches):
-        yield _place(batch, batch_rows, mesh)
 
 
 def sample_rows(store: Store, site: str | None, n_rows: int, seed: int) -> np.ndarray:
@@ -201,41 +179,10 @@ class Windows:
         return _make_rng(self._seed, _WINDOW, epoch, window, lane).permutation(n)
 
 
-@dataclass(frozen=True)
-class _HeldoutBatches:
-    """Batch i, or a process's even part of it, of the held-out rows."""
-
-    store: Store
-    site: str
-    batch_rows: int
-    process: int
-    n_processes: int
-
-    def __len__(self) -> int:
-        return self.store.rows("heldout") // self.batch_rows
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        n = self.batch_rows // self.n_processes
-        start = i * self.batch_rows + self.process * n
-        return self.store.read_ranges(self.site, self._cut(start, start + n))
-
-    def _cut(self, start: int, stop: int) -> list[Range]:
-        """Where rows `start` to `stop`, counted in the split, are in the store."""
-        ranges, passed = [], 0
-        for first, n in self.store.shards("heldout"):
-            low, high = max(start, passed), min(stop, passed + n)
-            if low < high:
-                ranges.append((first + low - passed, high - low))
-            passed += n
-        return ranges
-
-
-def _read_ahead(
-    batches: Windows | _HeldoutBatches, start: int, stop: int
-) -> Iterator[np.ndarray]:
-    """Elements `start` to `stop`, in order, read by threads ahead of their use."""
+def _read_ahead(windows: Windows, start: int, stop: int) -> Iterator[np.ndarray]:
+    """Windows `start` to `stop`, in order, read by threads ahead of their use."""
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_WAITING)
-    elements = grain.MapDataset.source(batches)[start:stop].to_iter_dataset(options)
+    elements = grain.MapDataset.source(windows)[start:stop].to_iter_dataset(options)
     iterator = iter(elements)
     try:
         yield from iterator

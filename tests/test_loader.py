@@ -126,32 +126,6 @@ def test_batches_outlive_the_buffers(store):
     assert len(set(rows)) == 24 * 16
 
 
-def test_heldout_batches(store):
-    mesh = make_mesh(MeshConfig(data=2))
-    batches = [
-        np.asarray(batch) for batch in loader.heldout_batches(store, None, 10, mesh, 47)
-    ]
-    first = store.shards("heldout")[0][0]
-    assert [len(batch) for batch in batches] == [10] * 4
-    np.testing.assert_array_equal(
-        row_ids(np.concatenate(batches)), first + np.arange(40)
-    )
-    everything = list(loader.heldout_batches(store, None, 8, mesh, 10**9))
-    assert len(everything) == ROWS["heldout"] // 8
-    with pytest.raises(ValueError, match="max_rows is 4, and .* has 56"):
-        next(loader.heldout_batches(store, None, 8, mesh, 4))
-
-
-def test_heldout_parts_of_processes_make_the_batch(tmp_path):
-    """Over shards of which each split's last is not full."""
-    store = write_store(tmp_path, {"heldout": 72, "train": 72})
-    whole = loader._HeldoutBatches(store, SITE, 24, 0, 1)
-    for i in range(3):
-        parts = [loader._HeldoutBatches(store, SITE, 24, p, 4)[i] for p in range(4)]
-        np.testing.assert_array_equal(np.concatenate(parts), whole[i])
-    assert sorted(row_ids(np.concatenate([whole[i] for i in range(3)]))) == [*range(72)]
-
-
 def test_sampled_rows_are_distinct_train_rows(store):
     rows = loader.sample_rows(store, None, 100, seed=3)
     assert rows.dtype == np.float32 and rows.shape == (100, 4)
@@ -190,7 +164,6 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused(store):
 _TWO_PROCESSES = """
 import sys
 import jax
-import numpy as np
 port, process, path, tests = sys.argv[1:]
 sys.path.insert(0, tests)
 jax.config.update("jax_platforms", "cpu")
@@ -216,12 +189,6 @@ for n_data in (1, 2, 4):
         rows = test_loader.row_ids(multihost_utils.process_allgather(batch, tiled=True))
         assert batch.shape == whole.shape and len(set(rows)) == 32
         assert set(rows) == set(test_loader.row_ids(whole))
-    heldout = loader.heldout_batches(store, None, 8, mesh, 24)
-    rows = [multihost_utils.process_allgather(b, tiled=True) for b in heldout]
-    first = store.shards("heldout")[0][0]
-    np.testing.assert_array_equal(
-        test_loader.row_ids(np.concatenate(rows)), first + np.arange(24)
-    )
 jax.distributed.shutdown()
 """
 

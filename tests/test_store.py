@@ -160,7 +160,8 @@ def test_site_names(store, tmp_path):
 def test_a_store_may_be_wholly_held_out(tmp_path):
     store = write_store(tmp_path, {"train": 0, "heldout": 24})
     assert store.shards("train") == [] and len(store.sequences("train")) == 0
-    assert store.statistics("resid_post.0").rows == 0
+    statistics = store.statistics("resid_post.0")
+    assert statistics.rows == 0 and statistics.mean_d.shape == (4,)
     assert row_ids(store.read("resid_post.0", 0, 24))[-1] == 23
 
 
@@ -231,6 +232,7 @@ def test_refuses_what_is_not_a_complete_store(store, tmp_path):
         ({"complete": False}, "still being written"),
         ({"version": 9}, "version 9"),
         ({"surprise": 1}, "not a store's manifest"),
+        ({"sites": {"../elsewhere.0": 4}}, "no site is called"),
         ({"sites": {"../../escape": 4}}, "no site is called '../../escape'"),
     ):
         file.write_text(json.dumps(json.loads(text) | change))
