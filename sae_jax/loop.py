@@ -32,8 +32,9 @@ from sae_jax.writers import JsonLinesWriter, TensorBoardWriter, Writer, Writers
 
 _SAMPLE_ROWS = 8192  # enough for the median and the variance of a site
 
-# A resumed run may change these; any other difference would make it another run.
-_MAY_CHANGE = ("mesh.", "log_every_steps", "checkpoint", "data.store")
+# A resumed run may change these; any other difference would make it another run. More
+# rows make it longer: no step depends on how many are to come.
+_MAY_CHANGE = ("mesh.", "rows", "log_every_steps", "checkpoint", "data.store")
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -65,6 +66,7 @@ def train(
     store = open_store(config.data.store)
     mesh = meshes.make_mesh(config.mesh)
     setup = validate(config, mesh, store)
+    profile = _Profile(workdir / "profile", profile_steps, config.n_steps)
     _claim(workdir, setup)
     checkpoint.check_space(workdir, setup)
 
@@ -81,7 +83,6 @@ def train(
         config.n_steps - start,
     )
     try:
-        profile = _Profile(workdir / "profile", profile_steps)
         return _run(setup, train_state, start, batches, checkpoints, writers, profile)
     finally:
         checkpoints.close()
@@ -113,6 +114,7 @@ def _run(
             report.step(*pending)  # a state is saved only once its loss was seen
             pending = None
             checkpoints.save(step, train_state, setup)
+    profile.at(config.n_steps + 1)
     checkpoints.wait()
     report.close()
     return train_state
@@ -174,16 +176,22 @@ class _Report:
 class _Profile:
     """Traces a window of steps into a folder that xprof and TensorBoard read."""
 
-    def __init__(self, directory: Path, steps: tuple[int, int] | None):
+    def __init__(self, directory: Path, steps: tuple[int, int] | None, n_steps: int):
         self._directory = directory
         self._first, self._stop = steps or (0, 0)
+        self._is_on = False
+        if steps and not 0 < self._first < self._stop <= n_steps + 1:
+            raise ValueError(
+                f"profile_steps = {self._first},{self._stop}: give FIRST < STOP from "
+                f"1 to {n_steps + 1}, as this run has {n_steps} steps"
+            )
 
     def at(self, step: int) -> None:
-        if self._first == self._stop:
-            return
+        """To be called before each step, and with the number of one more at the end."""
         if step == self._first:
             jax.profiler.start_trace(str(self._directory))
-        elif step == self._stop:
+            self._is_on = True
+        elif step == self._stop and self._is_on:
             jax.profiler.stop_trace()
 
 

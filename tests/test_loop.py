@@ -123,6 +123,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(planted_store, tmp_path):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_run_can_be_made_longer(undisturbed, planted_store, tmp_path):
+    workdir, expected = undisturbed
+    config = synthetic.make_config(planted_store, mesh=ONE, rows=10 * 64)
+    loop.train(config, tmp_path / "run")
+    config = synthetic.make_config(planted_store, mesh=ONE)
+    final = jax.device_get(loop.train(config, tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, final, expected)
+    assert _metrics(tmp_path / "run") == _metrics(workdir)
+
+
+def test_steps_to_profile_are_checked_before_the_run(planted_store, tmp_path):
+    config = synthetic.make_config(planted_store, mesh=ONE)
+    with pytest.raises(ValueError, match="profile_steps = 30,40: .* has 24 steps"):
+        loop.train(config, tmp_path / "run", profile_steps=(30, 40))
+    assert not (tmp_path / "run").exists()
+
+
 def test_profile_leaves_a_trace(planted_store, tmp_path):
     config = synthetic.make_config(planted_store, mesh=ONE, rows=6 * 64)
     loop.train(config, tmp_path / "run", profile_steps=(3, 5))

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
 def _profile_steps() -> tuple[int, int] | None:
     if _PROFILE_STEPS.value is None:
         return None
-    first, stop = (int(number) for number in _PROFILE_STEPS.value)
-    if not 0 < first < stop:
-        raise ValueError(f"--profile_steps={first},{stop}: wants 0 < FIRST < STOP")
-    return first, stop
+    numbers = [int(text) for text in _PROFILE_STEPS.value if text.isdigit()]
+    if len(numbers) != 2:
+        raise ValueError("--profile_steps wants two step numbers, as 10,15")
+    return numbers[0], numbers[1]
