@@ -7,9 +7,10 @@ Each is an item of its own, so that parameters can be restored alone and onto an
 under its name only once it is whole; one torn by a kill is never chosen.
 """
 
+import contextlib
 import dataclasses
 import json
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from sae_jax import config as configs
-from sae_jax import optim
+from sae_jax import files, optim
 from sae_jax import state as states
 from sae_jax.config import TrainConfig
 from sae_jax.normalize import Normalization
@@ -36,10 +37,13 @@ class Meta:
     config: TrainConfig
     normalization: Normalization
     site: str
+    store_identity: str
 
     def setup(self, mesh: Mesh) -> Setup:
         """The run of this checkpoint, on another mesh perhaps."""
-        return Setup(self.config, self.normalization, mesh, self.site)
+        return Setup(
+            self.config, self.normalization, mesh, self.site, self.store_identity
+        )
 
 
 class Checkpoints:
@@ -69,14 +73,15 @@ class Checkpoints:
             "config": json.loads(configs.to_json(setup.config)),
             "normalization": dataclasses.asdict(setup.normalization),
             "site": setup.site,
+            "store_identity": setup.store_identity,
         }
         items: dict[str, Any] = {
             name: ocp.args.StandardSave(_as_tree(getattr(state, name)))
             for name in _ITEMS
         }
-        self._manager.save(
-            step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items)
-        )
+        arguments = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items)
+        with self._failure_in_one_line():
+            self._manager.save(step, args=arguments)
 
     def restore(self, step: int, setup: Setup) -> TrainState:
         """The state after `step` steps, placed as `setup` says."""
@@ -112,28 +117,44 @@ class Checkpoints:
             config=configs.from_json(TrainConfig, json.dumps(raw["config"]), source),
             normalization=Normalization(**raw["normalization"]),
             site=raw["site"],
+            store_identity=raw["store_identity"],
         )
 
     def wait(self) -> None:
         """Returns when all that was saved is on disk."""
-        self._manager.wait_until_finished()
+        with self._failure_in_one_line():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits, and ends the threads that write."""
+        with self._failure_in_one_line():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _failure_in_one_line(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            # What Orbax tells of a full disk is pages long, and names no cure.
+            raise OSError(
+                f"{self.directory}: a checkpoint could not be written "
+                f"({str(error).strip().splitlines()[0][:200]}); make room if the disk "
+                f"is full and resume from the last whole one, {self.latest_step}"
+            ) from error
 
 
 def check_space(workdir: str | Path, setup: Setup) -> None:
     """Raises OSError when the disk cannot hold the checkpoints of this run."""
     leaves = jax.tree.leaves(states.abstract(setup))
     one = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    needed = one * (setup.config.checkpoints_kept + 1)  # the new one beside the old
-    free = shutil.disk_usage(workdir).free
-    if needed > free:
-        raise OSError(
-            f"{workdir}: checkpoints need {needed / 1e6:,.0f} MB "
-            f"({setup.config.checkpoints_kept} kept and one being written), but "
-            f"{free / 1e6:,.0f} MB are free: make room, or lower checkpoints_kept"
-        )
+    there = Path(workdir) / FOLDER
+    held = sum(path.stat().st_size for path in there.rglob("*") if path.is_file())
+    files.check_space(
+        workdir,
+        one * (setup.config.checkpoints_kept + 1) - held,  # the new beside the old
+        f"{setup.config.checkpoints_kept} checkpoints and one being written",
+        "make room, or lower checkpoints_kept",
+    )
 
 
 def _as_tree(item: Any) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class SaeConfig:
     compute_dtype: str | None = None  # float32 on a CPU, bfloat16 elsewhere
 
     def __post_init__(self) -> None:
+        _check_types(self, "sae.")
         _check_choice("sae.architecture", self.architecture, ARCHITECTURES)
         _check_choice("sae.normalization", self.normalization, NORMALIZATIONS)
         if self.compute_dtype is not None:
@@ -75,10 +76,12 @@ class OptimizerConfig:
     ema_decay: float = 0.999
 
     def __post_init__(self) -> None:
+        _check_types(self, "optimizer.")
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise ValueError(
                 f"optimizer.learning_rate = {self.learning_rate}: must be above 0"
             )
+        _check_at_least("optimizer.eps", self.eps, 0)
         for name in ("b1", "b2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
@@ -101,6 +104,7 @@ class DataConfig:
     window_chunks: int = 8
 
     def __post_init__(self) -> None:
+        _check_types(self, "data.")
         for name in ("batch_rows", "lanes", "window_chunks"):
             _check_at_least(f"data.{name}", getattr(self, name), 1)
         if self.batch_rows % self.lanes:
@@ -118,6 +122,7 @@ class MeshConfig:
     latent: int | None = None  # all devices that are left
 
     def __post_init__(self) -> None:
+        _check_types(self, "mesh.")
         _check_at_least("mesh.data", self.data, 1)
         if self.latent is not None:
             _check_at_least("mesh.latent", self.latent, 1)
@@ -139,6 +144,7 @@ class TrainConfig:
     checkpoints_kept: int = 2
 
     def __post_init__(self) -> None:
+        _check_types(self, "")
         for name in (
             "rows",
             "dead_after_rows",
@@ -165,8 +171,7 @@ class TrainConfig:
 
 def checked(config: _Config) -> _Config:
     """A copy of `config` whose field checks have run, at every depth."""
-    if not dataclasses.is_dataclass(config) or isinstance(config, type):
-        raise TypeError(f"not a config: {config!r}")
+    assert dataclasses.is_dataclass(config) and not isinstance(config, type)
     fields = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -233,24 +238,28 @@ def _from_dict(config_type: Any, values: Any, prefix: str) -> Any:
             )
     fields = {}
     for name, value in values.items():
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            fields[name] = _from_dict(hint, value, f"{prefix}{name}.")
-        else:
-            fields[name] = _typed(prefix + name, value, hint)
+        is_group = dataclasses.is_dataclass(hints[name])
+        fields[name] = (
+            _from_dict(hints[name], value, f"{prefix}{name}.") if is_group else value
+        )
     return config_type(**fields)
 
 
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """`value` if it has the declared type; an int where a float is asked is fine."""
-    is_union = isinstance(hint, types.UnionType)
-    allowed = typing.get_args(hint) if is_union else (hint,)
-    if float in allowed and type(value) is int:
-        return float(value)
-    if type(value) not in allowed:
-        wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
-        raise ValueError(f"{name} = {value!r} is not of type {wanted}")
-    return value
+def _check_types(config: Any, prefix: str) -> None:
+    """Refuses a field that is not of its declared type, or not finite.
+
+    An int where a float is declared becomes one.
+    """
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        allowed = typing.get_args(hint) if type(hint) is types.UnionType else (hint,)
+        if float in allowed and type(value) is int:
+            setattr(config, name, float(value))
+        elif type(value) not in allowed:
+            wanted = " or ".join(kind.__name__ for kind in allowed)
+            raise ValueError(f"{prefix}{name} = {value!r} is not of type {wanted}")
+        elif type(value) is float and not math.isfinite(value):
+            raise ValueError(f"{prefix}{name} = {value}: must be finite")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

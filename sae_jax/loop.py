@@ -5,23 +5,23 @@
     -> checkpoint now and then -> final checkpoint
 
 The loop dispatches step n and only then waits for step n - 1: the device always has
-work, and never more than one step is in flight.
+work, and never more than one step waits behind the one that runs.
 """
 
-import json
+import contextlib
+import dataclasses
 import math
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from sae_jax import checkpoint, loader, state
+from sae_jax import checkpoint, files, loader, state
 from sae_jax import config as configs
 from sae_jax import mesh as meshes
-from sae_jax.checkpoint import Checkpoints
+from sae_jax.checkpoint import Checkpoints, Meta
 from sae_jax.config import TrainConfig
 from sae_jax.progress import Progress
 from sae_jax.run import CONFIG_FILE, METRICS_FILE
@@ -62,31 +62,31 @@ def train(
         ValueError: a bad config, store or mesh; nothing was started.
         NonFiniteLoss: the loss is not finite; names step, term and last checkpoint.
     """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"{jax.process_count()} processes are running: this version trains in one"
+        )
+    config = configs.checked(config)
+    files.refuse_remote(workdir)
     workdir = Path(workdir)
-    store = open_store(config.data.store)
-    mesh = meshes.make_mesh(config.mesh)
+    store = _open_store(config)
+    mesh = meshes.make_mesh(config.mesh, config.sae.n_latents)
     setup = validate(config, mesh, store)
     profile = _Profile(workdir / "profile", profile_steps, config.n_steps)
-    _claim(workdir, setup)
     checkpoint.check_space(workdir, setup)
 
-    checkpoints = Checkpoints(workdir, config.checkpoints_kept)
-    start, train_state = _start_or_resume(setup, store, checkpoints)
-    writers = _open_writers(workdir, start, writer)
-    batches = loader.train_batches(
-        store,
-        setup.site,
-        setup.config.data,
-        mesh,
-        config.seed,
-        start,
-        config.n_steps - start,
-    )
-    try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(files.lock_folder(workdir))
+        checkpoints = Checkpoints(workdir, config.checkpoints_kept)
+        stack.callback(checkpoints.close)
+        start, train_state = _start_or_resume(setup, store, checkpoints)
+        files.write_whole(workdir / CONFIG_FILE, configs.to_json(setup.config))
+        writers = _open_writers(workdir, start, writer)
+        stack.callback(writers.close)
+        stack.callback(profile.close)
+        batches = stack.enter_context(contextlib.closing(_load(setup, store, start)))
         return _run(setup, train_state, start, batches, checkpoints, writers, profile)
-    finally:
-        checkpoints.close()
-        writers.close()
 
 
 def _run(
@@ -100,23 +100,21 @@ def _run(
 ) -> TrainState:
     config = setup.config
     train_step = make_step(setup)
-    report = _Report(setup, start, writers, checkpoints)
     pending: tuple[int, Metrics] | None = None
-    for step in range(start + 1, config.n_steps + 1):
-        profile.at(step)
-        acts_bd = next(batches)
-        with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            train_state, metrics = train_step(train_state, acts_bd)
-        if pending:
-            report.step(*pending)
-        pending = (step, metrics)
-        if step % config.checkpoint_every_steps == 0 or step == config.n_steps:
-            report.step(*pending)  # a state is saved only once its loss was seen
-            pending = None
-            checkpoints.save(step, train_state, setup)
-    profile.at(config.n_steps + 1)
-    checkpoints.wait()
-    report.close()
+    with contextlib.closing(_Report(setup, writers, checkpoints)) as report:
+        for step in range(start + 1, config.n_steps + 1):
+            profile.at(step, pending)
+            acts_bd = next(batches)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                train_state, metrics = train_step(train_state, acts_bd)
+            if pending:
+                report.step(*pending)
+            pending = (step, metrics)
+            if step % config.checkpoint_every_steps == 0 or step == config.n_steps:
+                report.step(*pending)  # a state is saved only once it was looked at
+                pending = None
+                checkpoints.save(step, train_state, setup)
+        checkpoints.wait()
     return train_state
 
 
@@ -124,7 +122,7 @@ class _Report:
     """Looks at every step's scalars: refuses what is not finite, writes some."""
 
     def __init__(
-        self, setup: Setup, start: int, writers: Writer, checkpoints: Checkpoints
+        self, setup: Setup, writers: Writer, checkpoints: Checkpoints
     ):
         self._config = setup.config
         self._learning_rate = configs.learning_rate(setup.config)
@@ -133,7 +131,7 @@ class _Report:
         self._progress = Progress(
             setup.config.n_steps * setup.config.data.batch_rows, "rows", "train"
         )
-        self._last = (start, time.monotonic())
+        self._last: tuple[int, float] | None = None
 
     def step(self, step: int, metrics: Metrics) -> None:
         metrics = jax.device_get(metrics)
@@ -146,19 +144,25 @@ class _Report:
         is_last = step == self._config.n_steps
         if step % self._config.log_every_steps and not is_last:
             return
-        last_step, last_time = self._last
-        now = time.monotonic()
-        self._last = (step, now)
-        rate = (step - last_step) * self._config.data.batch_rows / (now - last_time)
         self._writers.write(
             step,
             {"rows": rows}
             | scalars
-            | {"learning_rate": self._learning_rate, "rows_per_second": rate},
+            | {"learning_rate": self._learning_rate}
+            | self._rows_per_second(step),
         )
 
     def close(self) -> None:
         self._progress.close()
+
+    def _rows_per_second(self, step: int) -> dict[str, float]:
+        """Since the last line; the first has none, as it would be of compilation."""
+        last, now = self._last, time.monotonic()
+        self._last = (step, now)
+        if last is None:
+            return {}
+        rows = (step - last[0]) * self._config.data.batch_rows
+        return {"rows_per_second": rows / (now - last[1])}
 
     def _refuse_non_finite(self, step: int, scalars: dict[str, float]) -> None:
         bad = [name for name, value in scalars.items() if not math.isfinite(value)]
@@ -186,31 +190,70 @@ class _Profile:
                 f"1 to {n_steps + 1}, as this run has {n_steps} steps"
             )
 
-    def at(self, step: int) -> None:
-        """To be called before each step, and with the number of one more at the end."""
+    def at(self, step: int, pending: object) -> None:
+        """To be called before each step, with what the device may still work on."""
         if step == self._first:
             jax.profiler.start_trace(str(self._directory))
             self._is_on = True
         elif step == self._stop and self._is_on:
+            jax.block_until_ready(pending)
+            self.close()
+
+    def close(self) -> None:
+        if self._is_on:
+            self._is_on = False
             jax.profiler.stop_trace()
 
 
-def _claim(workdir: Path, setup: Setup) -> None:
-    """Makes the run folder; refuses to go on with a run of another config."""
-    path = workdir / CONFIG_FILE
-    text = configs.to_json(setup.config)
-    if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        for name, was, now in _differences(old, json.loads(text)):
-            if not name.startswith(_MAY_CHANGE):
-                raise ValueError(
-                    f"{path}: this run has {name} = {was!r}, now {now!r} is asked: "
-                    "resume with the same config, or choose another workdir"
-                )
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def _open_store(config: TrainConfig) -> Store:
+    if not config.data.store:
+        raise ValueError("data.store is not set: give the folder of a store")
+    return open_store(config.data.store)
+
+
+def _load(
+    setup: Setup, store: Store, start: int
+) -> Generator[jax.Array, None, None]:
+    """The batches of the steps that are left."""
+    config = setup.config
+    n_steps = config.n_steps - start
+    yield from loader.train_batches(
+        store, setup.site, config.data, setup.mesh, config.seed, start, n_steps
+    )
+
+
+def _start_or_resume(
+    setup: Setup, store: Store, checkpoints: Checkpoints
+) -> tuple[int, TrainState]:
+    """The number of steps done, and the state after them."""
+    step = checkpoints.latest_step
+    if step is None:
+        sample = loader.sample_rows(store, setup.site, _SAMPLE_ROWS, setup.config.seed)
+        return 0, state.create(setup, jnp.asarray(sample))
+    path = checkpoints.directory / str(step)
+    _refuse_another_run(checkpoints.meta(step), setup, path)
+    return step, checkpoints.restore(step, setup)
+
+
+def _refuse_another_run(meta: Meta, setup: Setup, path: Path) -> None:
+    """ValueError if the checkpoint is of a run that `setup` does not go on with."""
+    was, now = dataclasses.asdict(meta.config), dataclasses.asdict(setup.config)
+    for name, old, new in _differences(was, now):
+        if not name.startswith(_MAY_CHANGE):
+            raise ValueError(
+                f"{path}: this run has {name} = {old!r}, now {new!r} is asked: "
+                "resume with the same config, or choose another workdir"
+            )
+    if meta.store_identity != setup.store_identity:
+        raise ValueError(
+            f"{path}: this run was trained on another store than the one that is now "
+            f"at {setup.config.data.store}: give that store, or another workdir"
+        )
+    if meta.step > setup.config.n_steps:
+        raise ValueError(
+            f"{path}: this run has done {meta.step} steps, rows = {setup.config.rows} "
+            f"are {setup.config.n_steps}: raise rows, or choose another workdir"
+        )
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> list[tuple]:
@@ -222,16 +265,6 @@ def _differences(old: dict, new: dict, prefix: str = "") -> list[tuple]:
         elif was != now:
             found.append((prefix + name, was, now))
     return found
-
-
-def _start_or_resume(
-    setup: Setup, store: Store, checkpoints: Checkpoints
-) -> tuple[int, TrainState]:
-    step = checkpoints.latest_step
-    if step is not None:
-        return step, checkpoints.restore(step, setup)
-    sample = loader.sample_rows(store, setup.site, _SAMPLE_ROWS, setup.config.seed)
-    return 0, state.create(setup, jnp.asarray(sample))
 
 
 def _open_writers(workdir: Path, start: int, extra: Writer | None) -> Writers:

@@ -14,15 +14,22 @@ DATA = "data"
 LATENT = "latent"
 
 
-def make_mesh(config: MeshConfig | None = None) -> Mesh:
-    """A (data, latent) mesh over all devices.
+def make_mesh(config: MeshConfig | None = None, n_latents: int | None = None) -> Mesh:
+    """A (data, latent) mesh over the devices.
+
+    Where the config leaves `latent` open, it is all devices that `data` leaves; or, if
+    `n_latents` is given, as many of them as divide it.
 
     Raises:
         ValueError: the devices do not divide as the config says.
     """
     config = config or MeshConfig()
     n_devices = len(jax.devices())
-    n_latent = config.latent or max(1, n_devices // config.data)
+    n_latent = config.latent
+    if n_latent is None:
+        n_latent = max(1, n_devices // config.data)
+        while n_latents is not None and n_latents % n_latent:
+            n_latent -= 1
     if config.data * n_latent > n_devices or n_devices % config.data:
         raise ValueError(
             f"a mesh of mesh.data = {config.data} by mesh.latent = {n_latent} does not "

@@ -5,6 +5,9 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from sae_jax.matmul import matmul
 
 
 def to_dense(values_bk: jax.Array, indices_bk: jax.Array, n_latents: int) -> jax.Array:
@@ -21,12 +24,8 @@ def to_dense(values_bk: jax.Array, indices_bk: jax.Array, n_latents: int) -> jax
 
 
 def decode(
-    values_bk: jax.Array, indices_bk: jax.Array, w_dec_ld: jax.Array
+    values_bk: jax.Array, indices_bk: jax.Array, w_dec_ld: jax.Array, dtype: DTypeLike
 ) -> jax.Array:
-    """Rows [B, D], float32 or wider: the weighted sum of the chosen decoder rows."""
+    """Rows [B, D]: the weighted sum of the chosen decoder rows, in `dtype` factors."""
     code_bl = to_dense(values_bk, indices_bk, w_dec_ld.shape[0])
-    return jnp.matmul(
-        code_bl.astype(w_dec_ld.dtype),
-        w_dec_ld,
-        preferred_element_type=jnp.promote_types(w_dec_ld.dtype, jnp.float32),
-    )
+    return matmul(code_bl, w_dec_ld, dtype)

@@ -1,6 +1,6 @@
 """The state of a training run, built in place on the mesh.
 
-`Setup` is what stays fixed (config, normalisation, mesh, site); `TrainState` is what a
+`Setup` is what stays fixed (config, normalisation, mesh, store); `TrainState` is what a
 step turns into its successor. Both a new state and the shapes for restoring one come
 from the same function, so they cannot drift apart.
 """
@@ -43,6 +43,7 @@ class Setup:
     normalization: Normalization
     mesh: Mesh
     site: str
+    store_identity: str  # a hash of the store's manifest
     graph: Any = dataclasses.field(init=False, repr=False)  # the SAE less its params
 
     def __post_init__(self) -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Callable
 
 import jax
@@ -9,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from sae_jax import firing, loader, normalize, optim
+from sae_jax import state as states
 from sae_jax.config import TrainConfig, checked, k_aux
 from sae_jax.mesh import DATA, LATENT
 from sae_jax.state import Setup, TrainState
@@ -54,6 +57,7 @@ def validate(config: TrainConfig, mesh: Mesh, store: Store) -> Setup:
         ),
         mesh=mesh,
         site=site,
+        store_identity=_identify(store),
     )
 
 
@@ -65,8 +69,9 @@ def make_step(
     The state that goes in is given up: its memory becomes the next one's.
     """
     optimizer = optim.build(setup.config, setup.unit_norm)
+    placement = jax.tree.map(lambda leaf: leaf.sharding, states.abstract(setup))
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(placement, None))
     def step(state: TrainState, acts_bd: jax.Array) -> tuple[TrainState, Metrics]:
         def loss(params: optim.Params) -> tuple[jax.Array, dict]:
             return setup.sae(params).loss((acts_bd, acts_bd), state.counters)
@@ -81,9 +86,21 @@ def make_step(
             optimizer=moments,
             counters=state.counters._replace(steps_since_l=steps_since_l),
         )
-        return next_state, aux["metrics"] | {"grad_norm": optax.tree.norm(grads)}
+        norms = {
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
+        }
+        return next_state, aux["metrics"] | norms
 
     return step
+
+
+def _identify(store: Store) -> str:
+    """A hash of what the manifest says, less the path that the subject was read at."""
+    values = dataclasses.asdict(store.manifest)
+    values["subject"] = store.manifest.subject["identity"]
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _check_divides(name: str, size: int, mesh: Mesh, axis: str) -> None:

@@ -5,12 +5,13 @@ drops what an earlier life wrote after s, so every step stands in the file once.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import tensorboardX
+
+from sae_jax.files import write_whole
 
 Scalars = Mapping[str, float]
 
@@ -44,7 +45,7 @@ class TensorBoardWriter:
 
     def __init__(self, directory: str | Path, start_step: int = 0):
         self._writer = tensorboardX.SummaryWriter(
-            str(directory), purge_step=start_step + 1 if start_step else None
+            str(directory), purge_step=start_step + 1
         )
 
     def write(self, step: int, scalars: Scalars) -> None:
@@ -101,6 +102,4 @@ def read_json_lines(path: str | Path) -> list[dict[str, float]]:
 
 def _drop_lines_after(path: Path, step: int) -> None:
     kept = [row for row in read_json_lines(path) if row["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    os.replace(temporary, path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))

@@ -100,5 +100,5 @@ def test_weights_are_ema_or_raw(saved):
 def test_a_full_disk_is_seen_before_training(planted_store, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match="MB are free: make room, or lower"):
+    with pytest.raises(OSError, match="MB free: make room, or lower checkpoints_kept"):
         checkpoint.check_space(tmp_path, _setup(planted_store, (1, 1)))

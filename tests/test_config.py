@@ -19,6 +19,11 @@ from sae_jax.config import DataConfig, OptimizerConfig, SaeConfig, TrainConfig
         (lambda: OptimizerConfig(learning_rate=-1.0), "must be above 0"),
         (lambda: OptimizerConfig(ema_decay=1.0), r"must be in \[0, 1\)"),
         (lambda: TrainConfig(rows=5), "rows = 5 is less than one batch"),
+        (lambda: TrainConfig(rows=1e6), "rows = 1000000.0 is not of type int"),
+        (lambda: SaeConfig(k="32"), "sae.k = '32' is not of type int"),
+        (lambda: TrainConfig(sae=None), "sae = None is not of type SaeConfig"),
+        (lambda: OptimizerConfig(learning_rate=float("nan")), "must be finite"),
+        (lambda: OptimizerConfig(eps=-1.0), "optimizer.eps = -1.0: must be at least"),
     ],
 )
 def test_bad_fields_are_refused_with_their_values(make, message):

@@ -15,7 +15,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "sae_jax"
 FLOORS = (
-    ("config", "writers", "progress"),
+    ("config", "files", "writers", "progress"),
     (
         "mesh",
         "store",
@@ -25,6 +25,7 @@ FLOORS = (
         "geometric_median",
         "optim",
         "topk",
+        "matmul",
         "sparse",
         "text",
     ),

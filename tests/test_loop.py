@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import synthetic
 
-from sae_jax import loop, run, writers
+from sae_jax import files, loop, run, writers
 from sae_jax.checkpoint import Checkpoints
-from sae_jax.config import MeshConfig, OptimizerConfig
+from sae_jax.config import DataConfig, MeshConfig, OptimizerConfig
+from sae_jax.mesh import make_mesh
 
 ONE = MeshConfig(1, 1)
 
@@ -51,6 +52,7 @@ def _metrics(workdir):
 def test_a_run_leaves_its_folder(undisturbed):
     workdir, _ = undisturbed
     assert {path.name for path in workdir.iterdir()} == {
+        ".lock",
         "config.json",
         "metrics.jsonl",
         "tensorboard",
@@ -107,6 +109,41 @@ def test_a_run_is_not_continued_with_another_config(undisturbed, planted_store):
         loop.train(config, undisturbed[0])
 
 
+def test_a_run_is_not_continued_on_another_store(undisturbed, tmp_path):
+    other = synthetic.write_store(tmp_path / "store", train_shards=5)
+    with pytest.raises(ValueError, match="trained on another store"):
+        loop.train(synthetic.make_config(other, mesh=ONE), undisturbed[0])
+
+
+def test_a_run_is_not_cut_shorter(undisturbed, planted_store):
+    config = synthetic.make_config(planted_store, mesh=ONE, rows=10 * 64)
+    with pytest.raises(ValueError, match="has done 24 steps, rows = 640 are 10"):
+        loop.train(config, undisturbed[0])
+
+
+def test_a_run_folder_has_one_writer(undisturbed, planted_store):
+    config = synthetic.make_config(planted_store, mesh=ONE)
+    with files.lock_folder(undisturbed[0]):
+        with pytest.raises(ValueError, match="in use by another process"):
+            loop.train(config, undisturbed[0])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(mesh=MeshConfig(data=16)), "mesh.data = 16"),
+        (dict(data=DataConfig(batch_rows=64)), "data.store is not set"),
+    ],
+)
+def test_a_bad_config_starts_nothing(change, message, planted_store, tmp_path):
+    config = synthetic.make_config(planted_store, **change)
+    with pytest.raises(ValueError, match=message):
+        loop.train(config, tmp_path / "run")
+    with pytest.raises(ValueError, match="local folders only"):
+        loop.train(config, "gs://bucket/run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(planted_store, tmp_path):
     config = synthetic.make_config(
         planted_store,
@@ -114,13 +151,27 @@ def test_a_loss_that_is_not_finite_stops_the_run(planted_store, tmp_path):
         optimizer=OptimizerConfig(learning_rate=1e38),
         checkpoint_every_steps=1,
     )
-    with pytest.raises(loop.NonFiniteLoss, match=r"step \d+: .*nmse = ") as caught:
+    # The first loss is of good parameters; the update spoils them, and is not saved.
+    message = r"^step 1: param_norm = (nan|inf); last good checkpoint: none yet$"
+    with pytest.raises(loop.NonFiniteLoss, match=message):
         loop.train(config, tmp_path / "run")
-    checkpoints = Checkpoints(tmp_path / "run")
-    good = checkpoints.latest_step
+
+
+def test_the_last_good_checkpoint_is_named(undisturbed, planted_store, tmp_path):
+    workdir = tmp_path / "run"
+    config = synthetic.make_config(planted_store, mesh=ONE)
+    with pytest.raises(_Killed):
+        loop.train(config, workdir, _KillAt(12))
+    checkpoints = Checkpoints(workdir)
+    step = checkpoints.latest_step
+    setup = checkpoints.meta(step).setup(make_mesh(ONE))
+    state = checkpoints.restore(step, setup)
+    spoilt = {name: value * np.nan for name, value in state.params.items()}
+    checkpoints.save(step + 1, state._replace(params=spoilt), setup)
     checkpoints.close()
-    assert str(caught.value).endswith(f"checkpoints/{good}" if good else "none yet")
-    assert len(str(caught.value).splitlines()) == 1
+    message = rf"nmse = nan.*last good checkpoint: .*checkpoints/{step + 1}$"
+    with pytest.raises(loop.NonFiniteLoss, match=message):
+        loop.train(config, workdir)
 
 
 def test_a_run_can_be_made_longer(undisturbed, planted_store, tmp_path):
@@ -147,17 +198,24 @@ def test_profile_leaves_a_trace(planted_store, tmp_path):
 
 
 _CHILD = """
+import os
+os.environ["NPROC"] = "32"
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
 import synthetic
 from sae_jax import loop
 from sae_jax.config import MeshConfig
-loop.train(synthetic.make_config({store!r}, mesh=MeshConfig(1, 1)), {workdir!r})
+loop.train(synthetic.make_config({store!r}, mesh=MeshConfig(*{shape})), {workdir!r})
 """
 
 
-def test_kill_9_then_resume_gives_the_same_bits(undisturbed, planted_store, tmp_path):
-    _, expected = undisturbed
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
+def test_kill_9_then_resume_gives_the_same_bits(shape, planted_store, tmp_path):
+    config = synthetic.make_config(planted_store, mesh=MeshConfig(*shape))
+    expected = jax.device_get(loop.train(config, tmp_path / "undisturbed"))
     workdir = tmp_path / "run"
-    code = _CHILD.format(store=str(planted_store), workdir=str(workdir))
+    code = _CHILD.format(store=str(planted_store), workdir=str(workdir), shape=shape)
     environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
     child = subprocess.Popen(
         [sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE
@@ -170,7 +228,6 @@ def test_kill_9_then_resume_gives_the_same_bits(undisturbed, planted_store, tmp_
     child.send_signal(signal.SIGKILL)
     child.communicate()
     assert child.returncode == -signal.SIGKILL
-    config = synthetic.make_config(planted_store, mesh=ONE)
     final = jax.device_get(loop.train(config, workdir))
     jax.tree.map(np.testing.assert_array_equal, final, expected)
 

@@ -14,6 +14,10 @@ def test_the_rest_of_the_devices_share_the_latents():
     assert dict(meshes.make_mesh(MeshConfig(data=2)).shape) == {"data": 2, "latent": 4}
 
 
+def test_as_many_devices_share_the_latents_as_divide_them():
+    assert dict(meshes.make_mesh(n_latents=36).shape) == {"data": 1, "latent": 6}
+
+
 def test_a_mesh_may_leave_devices_out():
     assert meshes.make_mesh(MeshConfig(data=1, latent=2)).size == 2
 

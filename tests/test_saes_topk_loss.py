@@ -197,9 +197,10 @@ def _collectives(hlo: str) -> list[tuple[str, int]]:
     """(kind, elements of its result) of each collective among two devices or more."""
     found = []
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    alone = r"replica_groups=(\{\{\d+\}|\[\d+,1\])"  # groups of one device each
     for line in hlo.splitlines():
         match = re.search(rf"= (.*?) ({kinds})(?:-start)?\(", line)
-        if not match or re.search(r"replica_groups=\{\{\d+\}", line):
+        if not match or re.search(alone, line):
             continue
         result, kind = match.groups()
         shapes = re.findall(r"\w+\[([\d,]*)\]", result)

@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from sae_jax import losses, normalize, optim, sparse, topk
 from sae_jax.config import SaeConfig, k_aux
 from sae_jax.firing import Counters
+from sae_jax.matmul import matmul
 from sae_jax.mesh import DATA, LATENT
 from sae_jax.normalize import Normalization
 from sae_jax.saes.code import SparseCode
@@ -148,8 +149,8 @@ class TopKSae(nnx.Module):
         def on_shard(normed_bd, is_dead_l, weights):  # type: ignore[no-untyped-def]
             pre_bl = self._pre_activations(normed_bd, weights)
             values_bk, indices_bk = self._winners(pre_bl, self.k)
-            w_dec_ld = weights["w_dec_ld"].astype(self._matmul_dtype)
-            recon_bd = sparse.decode(values_bk, indices_bk, w_dec_ld)
+            w_dec_ld = lax.pcast(weights["w_dec_ld"], DATA, to="varying")
+            recon_bd = sparse.decode(values_bk, indices_bk, w_dec_ld, self._dtype)
             aux_recon_bd = lax.cond(
                 lax.psum(is_dead_l.sum(), LATENT) > 0,
                 self._reconstruct_from_dead,
@@ -184,7 +185,7 @@ class TopKSae(nnx.Module):
         # of dead ones whose pre-activations are negative.
         dead_bl = jnp.where(is_dead_l, pre_bl, -jnp.inf)
         values_bk, indices_bk = self._winners(dead_bl, k_aux(self.config, self.d_model))
-        return sparse.decode(values_bk, indices_bk, w_dec_ld)
+        return sparse.decode(values_bk, indices_bk, w_dec_ld, self._dtype)
 
     def _choose(self, normed_bd: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Values and global indices [B, K] of the chosen latents."""
@@ -204,7 +205,7 @@ class TopKSae(nnx.Module):
         """Normalised rows [B, D] of a code with global indices."""
 
         def on_shard(values_bk, indices_bk, weights):  # type: ignore[no-untyped-def]
-            w_dec_ld = weights["w_dec_ld"].astype(self._matmul_dtype)
+            w_dec_ld = lax.pcast(weights["w_dec_ld"], DATA, to="varying")
             n_own = w_dec_ld.shape[0]
             own_bk = indices_bk - lax.axis_index(LATENT) * n_own
             is_own_bk = (own_bk >= 0) & (own_bk < n_own)
@@ -212,6 +213,7 @@ class TopKSae(nnx.Module):
                 jnp.where(is_own_bk, values_bk, 0),
                 jnp.where(is_own_bk, own_bk, 0),
                 w_dec_ld,
+                self._dtype,
             )
             return lax.psum(part_bd, LATENT) + weights["b_dec_d"]
 
@@ -236,14 +238,11 @@ class TopKSae(nnx.Module):
         self, normed_bd: jax.Array, weights: dict[str, jax.Array]
     ) -> jax.Array:
         """This shard's pre-activations [B, L/S]."""
-        w_enc_dl = weights["w_enc_ld"].astype(self._matmul_dtype).T
+        w_enc_ld = lax.pcast(weights["w_enc_ld"], DATA, to="varying")
         b_dec_d = lax.stop_gradient(weights["b_dec_d"])
         centered_bd = normed_bd - b_dec_d if self.config.subtract_b_dec else normed_bd
-        pre_bl = jnp.matmul(
-            centered_bd.astype(w_enc_dl.dtype),
-            w_enc_dl,
-            preferred_element_type=weights["w_enc_ld"].dtype,
-        )
+        centered_bd = lax.pcast(centered_bd, LATENT, to="varying")
+        pre_bl = matmul(centered_bd, w_enc_ld.T, self._dtype)
         if self.config.subtract_b_dec:
             # Adds zero. It carries b_dec's gradient, -(sum_b g_bl) W_enc: one product
             # of a vector, where differentiating `centered_bd` would cost a matmul.
@@ -264,7 +263,8 @@ class TopKSae(nnx.Module):
         return {name: getattr(self, name)[...] for name in names}, names
 
     @property
-    def _matmul_dtype(self) -> jnp.dtype:
+    def _dtype(self) -> jnp.dtype:
+        """Of the factors of matmuls."""
         if self.config.compute_dtype is not None:
             return jnp.dtype(self.config.compute_dtype)
         is_cpu = self.mesh.devices.flat[0].platform == "cpu"

@@ -1,0 +1,93 @@
+"""Files written whole, room on the disk, and folders that one process writes at a time.
+
+A lock is `flock` on an empty file `.lock` in the folder: it ends with its process,
+however that ends, so the file may lie there for ever and means nothing by itself.
+"""
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+import weakref
+from pathlib import Path
+from typing import Self
+
+LOCK_FILE = ".lock"
+PARTIAL = ".partial"  # ends the name of a file that is being written
+_MB = 10**6
+# pathlib makes one slash of the two.
+_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+# Some network file systems have no locks; there nobody is kept out.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+
+
+def write_whole(path: str | Path, data: bytes | str) -> None:
+    """Replaces the file at once: after a stop it has the old contents, or the new."""
+    path = Path(path)
+    partial = path.with_name(path.name + PARTIAL)
+    with open(partial, "wb") as stream:
+        stream.write(data.encode() if isinstance(data, str) else data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def check_space(path: str | Path, needed_bytes: int, what: str, cure: str) -> None:
+    """OSError (ENOSPC), one line, if the disk of `path`, which need not be there yet,
+    has less than `needed_bytes` free for `what`."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{what} needs {-(-needed_bytes // _MB)} MB more, the disk of "
+            f"{str(path)!r} has {free // _MB} MB free: {cure}",
+        )
+
+
+def refuse_remote(path: str | Path) -> None:
+    """ValueError for gs://, s3:// and their like."""
+    if _REMOTE.match(str(path)):
+        raise ValueError(
+            f"{str(path)!r} is not on a disk of this machine: this version reads and "
+            "writes local folders only"
+        )
+
+
+class FolderLock:
+    """A folder kept for one writer; ends with `close`, with `with`, or when dropped."""
+
+    def __init__(self, descriptor: int):
+        self.close = weakref.finalize(self, os.close, descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def lock_folder(path: str | Path) -> FolderLock:
+    """Keeps the folder, which is there; ValueError if somebody else has it."""
+    descriptor = os.open(Path(path) / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    lock = FolderLock(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ValueError(
+            f"{str(path)!r} is in use by another process: wait for it, or choose "
+            "another folder"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return lock
