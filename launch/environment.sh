@@ -1,9 +1,10 @@
 # Sourced by launch/quickstart.sh and tests/run.sh; needs bash 3.2 and a Python.
 #
-# Sets $root (the repository) and $venv, and defines prepare_environment. The way an
-# install is known to be whole: `.venv.lock`, a link whose target is the process that
-# installs, is there from before the first byte until after the last. A lock of a dead
-# process means a half-made .venv, which is thrown away.
+# Sets $root (the repository) and $venv, and defines prepare_environment. One process
+# installs at a time: it holds a lock of the system (flock) on the file `.venv.lock`,
+# which ends when the process and all that it started have ended. The file is empty
+# unless an install has begun and not ended; a lock that is free with a file that is
+# not empty means a half-made .venv, which is thrown away.
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
@@ -17,7 +18,7 @@ prepare_environment() {
   shift 2
   local wanted stamp=$venv/sae_jax-$extras.stamp
   wanted="$root[$extras] $* $(cat "$root/setup.cfg" "$root/pyproject.toml" | cksum)"
-  if [ ! -L "$lock" ] && is_venv_whole && is_stamped "$stamp" "$wanted"; then
+  if [ ! -s "$lock" ] && is_venv_whole && is_stamped "$stamp" "$wanted"; then
     return
   fi
   take_lock
@@ -30,11 +31,12 @@ prepare_environment() {
       fail "the install failed: cure what is said above, then run this again"
     echo "$wanted" >"$stamp"
   fi
-  rm -f "$lock"
+  : >"$lock"
+  exec 9>&-
 }
 
 fail() {
-  [ "$(readlink "$lock" || true)" != "$$" ] || rm -f "$lock"
+  [ -z "${holds_lock:-}" ] || : >"$lock"
   echo "$(basename -- "$0"): $1" >&2
   exit 1
 }
@@ -57,20 +59,26 @@ version() {
   "$1" -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/null
 }
 
+# Descriptor 9 is the lock: Python locks it, and it stays locked while bash has it open.
 take_lock() {
-  local holder tries=0
-  until ln -s "$$" "$lock" 2>/dev/null; do
-    holder=$(readlink "$lock" || true)
-    if [ -n "$holder" ] && ! kill -0 "$holder" 2>/dev/null; then
-      echo "an install was cut off: making $venv anew" >&2
-      rm -rf "$venv" "$lock"
-      continue
-    fi
-    tries=$((tries + 1))
-    [ -n "$holder" ] || [ "$tries" -lt 5 ] || fail "cannot make the link $lock"
-    [ "$tries" -ne 1 ] || echo "waiting for the install that holds $lock" >&2
-    sleep 1
-  done
+  local python
+  python=$(choose_python 2>/dev/null) ||
+    { python=$venv/bin/python && fits "$python"; } ||
+    choose_python >/dev/null # tells what is missing, and exits
+  exec 9>>"$lock" || fail "cannot write $lock"
+  "$python" -c 'import fcntl, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+try:
+    fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    print("waiting for the install that holds", sys.argv[1], file=sys.stderr)
+    fcntl.flock(9, fcntl.LOCK_EX)' "$lock" || fail "cannot lock $lock"
+  if [ -s "$lock" ]; then
+    echo "an install was cut off: making $venv anew" >&2
+    rm -rf "$venv"
+  fi
+  holds_lock=1
+  echo installing >"$lock"
 }
 
 make_venv() {

@@ -8,7 +8,6 @@ with the same settings, and leaves the same bytes as one that was not.
 
 import functools
 import hashlib
-import io
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from sae_jax.files import refuse_remote
 from sae_jax.packing import Packed, identify, pack
 from sae_jax.progress import Progress
 from sae_jax.store import (
@@ -65,10 +65,15 @@ def harvest(
     a line on stderr tells how far it is. Raises ValueError for settings, text or a
     folder that cannot be used, and OSError if the disk is full.
     """
+    refuse_remote(out)
     if context_length is None:
         context_length = subject.context_length
     settings: dict[str, Any] = {
-        "subject": {"name": subject.name, "identity": subject.identity},
+        "subject": {
+            "name": subject.name,
+            "identity": subject.identity,
+            "dtype": subject.dtype,
+        },
         "tokenizer": hashlib.sha256(subject.tokenizer.to_str().encode()).hexdigest(),
         "corpus": identify(documents),
         "sites": {site: subject.width(site) for site in sites},
@@ -96,9 +101,11 @@ def harvest(
         max_rows,
         seed,
     )
-    writer = StoreWriter(out, _plan(settings, packed), packed.names)
-    _write_shards(subject, packed, writer, batch_sequences, progress)
-    writer.finish()
+    with StoreWriter(out, _plan(settings, packed), packed.names) as writer:
+        total = sum(writer.manifest.rows.values())
+        with Progress(total, "rows", "harvest", is_shown=progress) as line:
+            _write_shards(subject, packed, writer, batch_sequences, line)
+        writer.finish()
     return open_store(out)
 
 
@@ -154,14 +161,12 @@ def _write_shards(
     packed: Packed,
     writer: StoreWriter,
     batch_sequences: int,
-    progress: bool,
+    line: Progress,
 ) -> None:
     """Runs the subject over the contexts of every shard that is not written yet."""
     manifest = writer.manifest
     t = manifest.context_length
     done = sum(shard["rows"] for shard in manifest.shards[: manifest.shards_written])
-    stream = sys.stderr if progress else io.StringIO()
-    line = Progress(sum(manifest.rows.values()), "rows", "harvest", stream)
     subject = jax.device_put(subject)
     for tokens, documents in _list_shards(manifest, packed)[manifest.shards_written :]:
         acts = {
@@ -177,7 +182,6 @@ def _write_shards(
             done += n * t
             line.update(done)
         writer.write_shard(Shard(acts, tokens, documents))
-    line.close()
 
 
 def _list_shards(

@@ -108,17 +108,29 @@ def check_loader(
             f"times data.window_chunks = {data.window_chunks} are more: lower "
             f"data.window_chunks to at most {n_chunks // data.lanes}, or data.lanes"
         )
-    if rows_per_window % rows_per_lane:
+    window = f"a window of data.window_chunks * {rows_per_chunk} = {rows_per_window}"
+    step = f"the data.batch_rows / data.lanes = {rows_per_lane} of a step"
+    if rows_per_window < rows_per_lane:
         raise ValueError(
-            f"a window of data.window_chunks * {rows_per_chunk} = {rows_per_window} "
-            f"rows is not a multiple of data.batch_rows / data.lanes = {rows_per_lane}"
-            " rows a step: make data.batch_rows / data.lanes a power of two"
+            f"{window} rows is less than {step}: lower data.batch_rows to at most "
+            f"{rows_per_window * data.lanes}, or raise data.window_chunks"
+        )
+    if rows_per_window % rows_per_lane:
+        fits = next(n for n in range(rows_per_lane, 0, -1) if not rows_per_window % n)
+        raise ValueError(
+            f"{window} rows is not a multiple of {step}: lower data.batch_rows to "
+            f"{fits * data.lanes}"
         )
     if data.lanes % n_processes:
         raise ValueError(
             f"data.lanes = {data.lanes} is not a multiple of the {n_processes} "
             "processes that load: every process takes the same number of lanes"
         )
+
+
+def n_loading_processes(mesh: Mesh, batch_rows: int) -> int:
+    """How many groups of processes load different rows of each batch."""
+    return _find_process(mesh, batch_rows)[1]
 
 
 def steps_per_window(rows_per_chunk: int, data: DataConfig) -> int:

@@ -8,14 +8,11 @@ takes its colours from the page, so light and dark both read well.
 import importlib.resources
 import io
 import json
-import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jinja2
 import matplotlib
 from jax.sharding import Mesh
@@ -24,8 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator
 
-from sae_jax.config import MeshConfig
 from sae_jax.evals import EvaluateConfig, evaluate, format_value
+from sae_jax.files import write_whole
 from sae_jax.mesh import make_mesh
 from sae_jax.run import CONFIG_FILE, METRICS_FILE, load, read_config
 from sae_jax.store import Store, open_store
@@ -109,14 +106,14 @@ def evaluate_run(
     """
     run_dir = Path(run_dir)
     run = read_config(run_dir)
-    opened = open_store(store or run.data.store)
+    opened = open_store(store) if store else _open_store_of(run_dir, run.data.store)
     model = _load_subject(subject, opened)
-    n_devices = math.gcd(run.sae.n_latents, jax.device_count())
-    sae = load(run_dir, mesh or make_mesh(MeshConfig(1, n_devices)), weights)
+    mesh = mesh or make_mesh(n_latents=run.sae.n_latents)
+    sae = load(run_dir, mesh, weights)
     results = evaluate(sae, model, opened, seed=seed, config=config, progress=progress)
     results["weights"] = weights
     text = json.dumps(results, indent=2, allow_nan=False) + "\n"
-    _write_whole(run_dir / EVALUATION_FILE, text)
+    write_whole(run_dir / EVALUATION_FILE, text)
     if report:
         views = top_contexts(
             sae, model, opened, seed=seed, config=config, progress=progress
@@ -153,8 +150,19 @@ def write_report(
         views=views,
         config=(run_dir / CONFIG_FILE).read_text(encoding="utf-8"),
     )
-    _write_whole(run_dir / REPORT_FILE, page)
+    write_whole(run_dir / REPORT_FILE, page)
     return run_dir / REPORT_FILE
+
+
+def _open_store_of(run_dir: Path, store: str) -> Store:
+    """The store that the run was trained on; its path may be relative."""
+    try:
+        return open_store(store)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"no store at {store!r}, which {run_dir / CONFIG_FILE} names: give its "
+            "folder with --store, or start where the run was trained"
+        ) from error
 
 
 def _load_subject(subject: str | None, store: Store) -> Subject:
@@ -242,10 +250,3 @@ def _draw(title: str, draw: Any) -> Markup:
     # The ids of one plot must not be those of another.
     prefix = title.replace(" ", "-") + "-"
     return Markup(re.sub(r'( id="|href="#|url\(#)', rf"\1{prefix}", svg))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

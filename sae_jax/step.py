@@ -45,7 +45,7 @@ def validate(config: TrainConfig, mesh: Mesh, store: Store) -> Setup:
         len(store.chunks("train")),
         store.manifest.rows_per_chunk,
         config.data,
-        jax.process_count(),
+        loader.n_loading_processes(mesh, config.data.batch_rows),
     )
     sae = dataclasses.replace(config.sae, d_model=d_model)
     sae = dataclasses.replace(sae, k_aux=k_aux(sae, d_model))

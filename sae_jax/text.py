@@ -37,7 +37,7 @@ def read_documents(paths: Sequence[str]) -> list[Document]:
     for text_path in paths:
         root = Path(text_path)
         if root.is_file():
-            files = [(root.name, root)]
+            files = [(_decode_name(root.name), root)]
         elif root.is_dir():
             files = list(_walk(root))
         else:
@@ -102,7 +102,12 @@ def _walk(root: Path) -> Iterator[tuple[str, Path]]:
             path = Path(folder, file)
             # Also passes over pipes and sockets, which would block a reader.
             if path.is_file() and path.resolve().is_relative_to(inside):
-                yield path.relative_to(root).as_posix(), path
+                yield _decode_name(path.relative_to(root).as_posix()), path
+
+
+def _decode_name(name: str) -> str:
+    """The name as text: bytes of it that are not UTF-8 become `\\xe9`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _read_text(path: Path) -> str | None:

@@ -44,8 +44,10 @@ class TensorBoardWriter:
     """Event files that `tensorboard --logdir` shows."""
 
     def __init__(self, directory: str | Path, start_step: int = 0):
+        # The queue has no end: when the disk is full its reader dies, and a run that
+        # waits for room in it would wait for ever.
         self._writer = tensorboardX.SummaryWriter(
-            str(directory), purge_step=start_step + 1
+            str(directory), purge_step=start_step + 1, max_queue=0
         )
 
     def write(self, step: int, scalars: Scalars) -> None:

@@ -146,7 +146,7 @@ def make_sae(
         data=DataConfig(batch_rows=16, lanes=1),
     )
     mesh = make_mesh(MeshConfig(*mesh_shape)) if mesh_shape else single_device_mesh()
-    setup = Setup(config, Normalization(kind), mesh, SITE)
+    setup = Setup(config, Normalization(kind), mesh, SITE, "0")
     with jax.set_mesh(mesh):
         specs = nnx.to_pure_dict(
             nnx.get_named_sharding(nnx.state(setup.sae(params)), mesh)

@@ -43,7 +43,7 @@ def _config(**sae) -> TrainConfig:
 def make_setup(mesh_shape=(1, 1), normalization=Normalization(), **sae) -> Setup:
     config = _config(**sae, normalization=normalization.kind)
     mesh = make_mesh(MeshConfig(*mesh_shape))
-    return Setup(config, normalization, mesh, "resid_post.0")
+    return Setup(config, normalization, mesh, "resid_post.0", "0")
 
 
 def oracle_settings(setup: Setup) -> oracle.Settings:

@@ -3,10 +3,13 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import synthetic
+from test_subjects import CONFIG, make_tokenizer, make_weights
 
 from sae_jax import store as stores
+from sae_jax.subjects.folder import write_folder
 
 _CONFIG = """
 import sys
@@ -31,6 +34,10 @@ def folder(tmp_path_factory):
     for store in (good, folder / "unfinished", folder / "heldout", torn):
         text = _CONFIG.format(tests=tests, store=str(store))
         (folder / f"{store.name}.py").write_text(text)
+    tokenizer = make_tokenizer().to_str()
+    write_folder(folder / "lm", CONFIG, make_weights(CONFIG, 0), tokenizer, np.float32)
+    weights = folder / "lm" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
     (folder / "no_text").mkdir()
     (folder / "no_text" / "image.bin").write_bytes(b"\x00\xff")
     (folder / "text").mkdir()
@@ -51,6 +58,14 @@ CASES = {
         "resid_post.99",
     ),
     "no text": ("harvest --text=no_text --out=out", "no_text"),
+    "torn subject": (
+        "harvest --subject=lm --text=text --out=out",
+        "lm/model.safetensors is damaged",
+    ),
+    "remote store": (
+        "harvest --text=text --out=gs://bucket/store",
+        "local folders only",
+    ),
     "full disk": ("harvest --text=text --out=out", "free"),
     "k above n_latents": (
         "train --config=good.py --workdir=out --config.sae.k=500",
@@ -75,6 +90,7 @@ CASES = {
         "did you mean 'sae.n_latents'",
     ),
     "no run folder": ("evaluate nothing", "nothing"),
+    "no argument": ("evaluate", "give one run folder"),
 }
 
 
@@ -83,6 +99,7 @@ def test_bad_input_gives_one_clear_line(case, folder):
     arguments, message = CASES[case]
     fault = _FULL_DISK if case == "full disk" else ""
     code = f"{fault}from sae_jax.cli import main; main()"
+    before = _list(folder)
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments.split()],
         cwd=folder,
@@ -90,9 +107,13 @@ def test_bad_input_gives_one_clear_line(case, folder):
         text=True,
         timeout=120,
     )
-    assert done.returncode not in (0, None), done.stdout
+    assert done.returncode in ((2,) if case == "no argument" else (1, 2)), done.stdout
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith(f"sae-jax {arguments.split()[0]}: ")
     assert message in lines[0]
-    assert not (folder / "out").exists()
+    assert _list(folder) == before
+
+
+def _list(folder):
+    return sorted(p for p in folder.rglob("*") if "__pycache__" not in p.parts)

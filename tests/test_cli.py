@@ -29,7 +29,9 @@ def main(argv):
     if argv[1:]:
         raise errors[argv[1]]
     logging.info("not shown")
-    print(flags.FLAGS.size, jax.device_count(), jax.default_backend())
+    import os
+    backend = jax.default_backend()
+    print(flags.FLAGS.size, jax.device_count(), backend, os.environ["NPROC"])
 """, vars(fake))
 cli.COMMANDS["fake"] = "a stand-in"
 for arguments in json.load(sys.stdin):
@@ -53,6 +55,8 @@ ONE_LINE = [
     (["fake", "stop"], 130, "sae-jax fake: interrupted"),
     (["fake", "--size=0"], 2, "--size=0"),
     (["fake", "--sise=2"], 2, "Did you mean: size"),
+    (["harvest"], 2, "sae-jax harvest: --out is required"),
+    (["harvest", "text"], 2, "sae-jax harvest: unexpected argument 'text'"),
     (["train", "--config.sae.k=1"], 2, "needs --config=FILE before it"),
     (["train", "--config=none.py"], 2, "--config=none.py: there is no such file"),
     (["train", "--config=good.py", "--config.sae.kk=1"], 2, "did you mean 'sae.k'?"),
@@ -68,7 +72,7 @@ OTHER = [
     ["fake", "--help"],
     ["fake", "bug"],
     ["fake", "value", "--verbosity=1"],
-    ["fake", "--cpu_devices=3", "--size=7", "--verbosity=-1"],
+    ["fake", "--cpu_devices=40", "--size=7", "--verbosity=-1"],
 ]
 
 
@@ -108,6 +112,7 @@ def test_help_lists_every_command(outcomes):
     assert (status, out, err) == (0, bare, "")
     for command in ("quickstart", "harvest", "train", "evaluate", "fake"):
         assert f"\n  {command} " in out
+    assert "--verbosity=1" in out
 
 
 def test_help_of_a_command_starts_with_what_it_is_for(outcomes):
@@ -124,8 +129,8 @@ def test_bugs_and_verbose_errors_keep_their_traceback(outcomes):
 
 
 def test_command_gets_its_flags_and_virtual_devices(outcomes):
-    arguments = json.dumps(["fake", "--cpu_devices=3", "--size=7", "--verbosity=-1"])
-    assert outcomes[arguments] == [0, "7 3 cpu\n", ""]
+    arguments = json.dumps(["fake", "--cpu_devices=40", "--size=7", "--verbosity=-1"])
+    assert outcomes[arguments] == [0, "7 40 cpu 40\n", ""]
 
 
 def test_every_command_has_a_module():

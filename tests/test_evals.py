@@ -1,8 +1,11 @@
 """Every figure against plain float64 NumPy, planted SAEs, meshes and refusals."""
 
 import dataclasses
+import io
 import json
+import sys
 
+import jax
 import numpy as np
 import oracle
 import planted
@@ -207,6 +210,24 @@ def test_results_are_json_and_a_table(subject, store):
     assert "fewer rows than the 200,000 wanted" in table
     for name in _values(results):
         assert f"\n  {name} " in table
+
+
+def test_an_error_ends_the_progress_line(subject, store, monkeypatch):
+    terminal, device_get = io.StringIO(), jax.device_get
+    terminal.isatty = lambda: True
+
+    def fail(arrays):
+        if "measure:" in terminal.getvalue():
+            raise KeyboardInterrupt
+        return device_get(arrays)
+
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(jax, "device_get", fail)
+    sae = planted.make_sae(planted.random_params())
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        evaluate(sae, subject, store, config=SMALL, progress=True)
+    # While the error's frames live, as when it is told.
+    assert stopped.tb and terminal.getvalue().endswith("\n")
 
 
 def test_intervals_cover_95_percent():

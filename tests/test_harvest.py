@@ -20,6 +20,7 @@ import pytest
 from test_store import read_folder
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from sae_jax.files import lock_folder
 from sae_jax.harvest import harvest
 from sae_jax.store import StoreWriter, open_store
 from sae_jax.store import writer as store_writer
@@ -50,6 +51,10 @@ class TinySubject:
     name: str = "tiny"
     context_length: int = 16
     bos_id: int = 0
+
+    @property
+    def dtype(self):
+        return self.embed.dtype.name
 
     @property
     def tokenizer(self):
@@ -212,6 +217,27 @@ def test_another_setting_is_named(store, name):
     assert "\n" not in str(error.value)
 
 
+def test_another_dtype_of_the_subject_is_named(store):
+    other = TinySubject(embed=TinySubject().embed.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match="begun with subject = .*float32.*bfloat16"):
+        run_harvest(store.path, subject=other)
+
+
+def test_a_store_is_harvested_by_one_process_at_a_time(store, tmp_path):
+    shutil.copytree(store.path, tmp_path / "store")
+    manifest = tmp_path / "store" / "manifest.json"
+    begun = json.loads(manifest.read_text()) | {"complete": False}
+    manifest.write_text(json.dumps(begun))
+    with lock_folder(tmp_path / "store"):
+        with pytest.raises(ValueError, match="in use by another process"):
+            run_harvest(tmp_path / "store")
+
+
+def test_a_remote_folder_is_refused_before_anything_is_read():
+    with pytest.raises(ValueError, match="local folders only"):
+        harvest(None, None, "gs://bucket/store", None)
+
+
 class Stop(Exception):
     pass
 
@@ -246,14 +272,14 @@ jax.config.update("jax_default_matmul_precision", "highest")
 import test_harvest
 from pathlib import Path
 from sae_jax.store import writer
-write_whole = writer._write_whole
+write_whole = writer.write_whole
 
 def slow(file, data):
     print("about to write", flush=True)
     time.sleep(0.05)
     write_whole(file, data)
 
-writer._write_whole = slow
+writer.write_whole = slow
 test_harvest.run_harvest(Path(sys.argv[1]))
 """
 
@@ -279,7 +305,7 @@ def test_killed_at_a_random_moment(store, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_resumable(store, tmp_path, monkeypatch):
-    write_whole, n_left = store_writer._write_whole, 6
+    write_whole, n_left = store_writer.write_whole, 6
 
     def fail(file, data):
         nonlocal n_left
@@ -288,7 +314,7 @@ def test_a_full_disk_is_one_line_and_resumable(store, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write_whole(file, data)
 
-    monkeypatch.setattr(store_writer, "_write_whole", fail)
+    monkeypatch.setattr(store_writer, "write_whole", fail)
     with pytest.raises(OSError, match="is full, with 4 of .* the same harvest again"):
         run_harvest(tmp_path / "store")
     monkeypatch.undo()

@@ -143,7 +143,8 @@ def test_sampled_rows_are_distinct_train_rows(store):
         (3, 1, {}, "3 train chunks for data.lanes = 4: lower data.lanes to at most 3"),
         (11, 1, {}, "window_chunks to at most 2"),
         (12, 3, {}, "data.lanes = 4 is not a multiple of the 3 processes"),
-        (12, 1, {"batch_rows": 20}, "= 48 rows is not a multiple of .* = 5 rows"),
+        (12, 1, {"batch_rows": 20}, "= 48 rows is not a multiple of .*rows to 16"),
+        (12, 1, {"batch_rows": 256}, "= 48 rows is less than .*most 192, or raise"),
     ],
 )
 def test_what_cannot_be_loaded_is_refused(n_chunks, n_processes, settings, message):
@@ -152,6 +153,7 @@ def test_what_cannot_be_loaded_is_refused(n_chunks, n_processes, settings, messa
         loader.check_loader(n_chunks, 16, data, n_processes)
     assert "\n" not in str(error.value)
     loader.check_loader(12, 16, DATA_CONFIG, 2)
+    assert loader.n_loading_processes(make_mesh(MeshConfig(data=8)), 32) == 1
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(store):
@@ -182,6 +184,7 @@ for n_data in (1, 2, 4):
     mesh = make_mesh(MeshConfig(data=n_data, latent=4 // n_data))
     ours = int(process) if n_data > 1 else 0
     assert loader._find_process(mesh, 32) == (ours, min(n_data, 2))
+    assert loader.n_loading_processes(mesh, 32) == min(n_data, 2)
     batches = loader.train_batches(
         store, None, test_loader.DATA_CONFIG, mesh, 0, 0, len(expected)
     )

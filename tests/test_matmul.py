@@ -19,7 +19,8 @@ def test_values_and_gradients_are_those_of_the_product(dtype, tolerance):
     rng = np.random.default_rng(0)
     a, b, g = rng.normal(size=(5, 7)), rng.normal(size=(7, 3)), rng.normal(size=(5, 3))
     value, pull = jax.vjp(lambda a, b: matmul(a, b, dtype), *map(jnp.float32, (a, b)))
-    for ours, expected in zip((value, *pull(jnp.float32(g))), (a @ b, g @ b.T, a.T @ g)):
+    expected_values = (a @ b, g @ b.T, a.T @ g)
+    for ours, expected in zip((value, *pull(jnp.float32(g))), expected_values):
         assert ours.dtype == jnp.float32
         error = np.linalg.norm(ours - expected) / np.linalg.norm(expected)
         assert error < tolerance

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import fcntl
 import importlib.metadata
 import os
 import re
@@ -19,12 +20,14 @@ SHIPPED = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "sae_jax", "la
 
 # Acts as python, as the python and the pip of the .venv it makes, and as sae-jax;
 # writes down what it installs.
-FAKE_PYTHON = """#!/bin/sh
+FAKE_PYTHON = f"""#!/bin/sh
 case "$1 $2" in
-  "-c import sys; sys.exit"*) exit ${FAKE_MISFIT:-0} ;;
+  "-c import fcntl"*) exec {sys.executable} "$@" ;;
+  "-c import sys; sys.exit"*) exit ${{FAKE_MISFIT:-0}} ;;
   "-c import sys; print"*) echo 3.12 ;;
   "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "$0" "$3/bin/sae-jax" ;;
-  "-m pip") [ "$3" = --version ] || echo "$@" >>"$FAKE_LOG"; exit ${FAKE_FAILURE:-0} ;;
+  "-m pip") [ "$3" = --version ] || echo "$@" >>"$FAKE_LOG"
+    exit ${{FAKE_FAILURE:-0}} ;;
   quickstart*) echo "ran: $@" ;;
   *) exit 3 ;;
 esac
@@ -124,16 +127,25 @@ class Sandbox:
         (self.bin / name).write_text(text)
         (self.bin / name).chmod(0o755)
 
-    def run(self, **environment: str) -> subprocess.CompletedProcess[str]:
+    @property
+    def lock(self) -> Path:
+        return self.root / ".venv.lock"
+
+    def start(self, **environment: str) -> subprocess.Popen[str]:
         inherited = {"PATH": f"{self.bin}:/usr/bin:/bin", "FAKE_LOG": str(self.log)}
-        return subprocess.run(
+        return subprocess.Popen(
             ["bash", self.root / "launch/quickstart.sh", "--flag=a b"],
             env=inherited | environment,
             cwd=self.bin,
             text=True,
-            capture_output=True,
-            timeout=60,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
+
+    def run(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(**environment)
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess("", process.returncode, out, err)
 
     def installs(self) -> int:
         return len(self.log.read_text().splitlines()) if self.log.exists() else 0
@@ -153,7 +165,7 @@ def test_second_launch_installs_nothing_until_setup_changes(sandbox):
         setup.write("\n# another requirement\n")
     assert sandbox.run().returncode == 0
     assert sandbox.installs() == 2
-    assert not (sandbox.root / ".venv.lock").is_symlink()
+    assert sandbox.lock.stat().st_size == 0
 
 
 def test_uv_installs_where_it_works_and_pip_where_it_fails(sandbox):
@@ -174,13 +186,27 @@ def test_half_made_venv_is_made_anew(sandbox, is_runnable):
     left = sandbox.root / ".venv" / "left"
     left.touch()
     if is_runnable:
-        killed = subprocess.Popen(["true"])
-        killed.wait()
-        (sandbox.root / ".venv.lock").symlink_to(str(killed.pid))
+        sandbox.lock.write_text("installing\n")
     else:
         (sandbox.root / ".venv/bin/python").unlink()
     assert sandbox.run().returncode == 0
     assert not left.exists()
+    assert sandbox.installs() == 2
+
+
+def test_those_who_wait_for_an_install_install_nothing(sandbox):
+    """All find a half-made .venv; the first makes it anew, and the rest use that."""
+    assert sandbox.run().returncode == 0
+    sandbox.lock.write_text("installing\n")
+    with open(sandbox.lock) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        waiting = [sandbox.start() for _ in range(4)]
+        for process in waiting:
+            assert process.stderr.readline().startswith("waiting for the install")
+        assert (sandbox.root / ".venv/bin/python").exists()
+    outs = [process.communicate(timeout=60) for process in waiting]
+    assert [out for out, _ in outs] == 4 * ["ran: quickstart --flag=a b\n"]
+    assert sum("cut off" in err for _, err in outs) == 1
     assert sandbox.installs() == 2
 
 
@@ -199,7 +225,7 @@ def test_no_python_that_fits_is_one_line(sandbox):
         assert failed.returncode == 1
         assert len(failed.stderr.splitlines()) == 1
         assert "3.11, 3.12 or 3.13" in failed.stderr
-        assert not (sandbox.root / ".venv.lock").is_symlink()
+        assert not sandbox.lock.exists()
 
 
 @pytest.mark.parametrize("is_module_wide", [True, False])

@@ -62,6 +62,23 @@ def test_a_terminal_has_one_line(clock):
     assert text.count("\r") == 4  # at 0, 0.2 and 0.4 seconds, and when closed
 
 
+def test_an_error_ends_the_line_before_it_is_told(clock):
+    stream = Terminal()
+    with pytest.raises(ValueError), Progress(9, "rows", "harvest", stream) as line:
+        line.update(3)
+        raise ValueError
+    assert stream.getvalue().endswith("harvest: 3 of 9 rows\x1b[K\n")
+    line.close()
+    assert stream.getvalue().count("\n") == 1
+
+
+def test_what_is_not_shown_writes_nothing(clock):
+    stream = Terminal()
+    with Progress(9, "rows", "harvest", stream, is_shown=False) as line:
+        line.update(3)
+    assert stream.getvalue() == ""
+
+
 def test_no_update_writes_nothing():
     stream = Terminal()
     Progress(0, "rows", "harvest", stream).close()

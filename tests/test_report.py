@@ -161,6 +161,12 @@ def test_evaluate_run_leaves_both_files(run, monkeypatch):
     assert not (run_dir / report.REPORT_FILE).exists()
 
 
+def test_a_store_that_is_not_where_the_config_says_may_be_named(run, tmp_path):
+    (tmp_path / "config.json").write_text(to_json(make_config("elsewhere/store")))
+    with pytest.raises(FileNotFoundError, match="elsewhere/store.* with --store"):
+        report.evaluate_run(tmp_path, config=SMALL)
+
+
 def test_a_subject_that_is_not_in_the_package_must_be_named(run):
     with pytest.raises(ValueError, match="subject 'planted', .* with --subject"):
         report.evaluate_run(run[0], config=SMALL)

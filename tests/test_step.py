@@ -112,7 +112,11 @@ def test_training_lowers_the_error(unsharded):
             "data.batch_rows = 60 .* mesh.data = 8",
         ),
         ((1, 1), dict(sae=SaeConfig(d_model=8, k=3)), "sae.d_model = 8, but .* 16"),
-        ((1, 1), dict(data=DataConfig(batch_rows=64, site="resid_post.9")), "resid_post.9"),
+        (
+            (1, 1),
+            dict(data=DataConfig(batch_rows=64, site="resid_post.9")),
+            "resid_post.9",
+        ),
         (
             (1, 1),
             dict(data=DataConfig(batch_rows=96, lanes=8, window_chunks=1)),

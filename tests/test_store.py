@@ -5,12 +5,14 @@ import json
 import os
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from sae_jax.store import Manifest, Shard, StoreWriter, open_store
+from sae_jax.files import lock_folder
+from sae_jax.store import Manifest, Shard, StoreWriter, open_store, read_begun
 from sae_jax.store import writer as store_writer
 
 T, PER_SHARD, PER_CHUNK = 8, 64, 16
@@ -63,10 +65,10 @@ def row_ids(acts):
 
 def write_store(path, rows, sites=None, **sizes):
     manifest = make_manifest(rows, sites or {"resid_post.0": 4}, **sizes)
-    writer = StoreWriter(path, manifest, ["a", "b", "c"])
-    for index in range(writer.manifest.shards_written, len(manifest.shards)):
-        writer.write_shard(make_shard(manifest, index))
-    writer.finish()
+    with StoreWriter(path, manifest, ["a", "b", "c"]) as writer:
+        for index in range(writer.manifest.shards_written, len(manifest.shards)):
+            writer.write_shard(make_shard(manifest, index))
+        writer.finish()
     return open_store(path)
 
 
@@ -259,6 +261,33 @@ def test_another_setting_is_named(store):
         StoreWriter(store.path, manifest, [])
 
 
+def test_a_second_writer_is_refused_until_the_first_ends(store, tmp_path):
+    path = tmp_path / "shared"
+    manifest = make_manifest(ROWS, SITES)
+    first = StoreWriter(path, manifest, ["a", "b", "c"])
+    first.write_shard(make_shard(manifest, 0))
+    with pytest.raises(ValueError, match="in use by another process: wait") as error:
+        StoreWriter(path, manifest, ["a", "b", "c"])
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    first.close()
+    write_store(path, ROWS, SITES)
+    assert read_folder(path) == read_folder(store.path)
+    StoreWriter(path, manifest, ["a", "b", "c"]).close()  # the last one has let go
+
+
+def test_a_folder_with_only_a_lock_is_empty(tmp_path):
+    lock_folder(tmp_path).close()
+    assert read_begun(tmp_path) is None
+
+
+def test_remote_folders_are_refused():
+    manifest = make_manifest({"train": 8}, {"resid_post.0": 4})
+    for path in ("gs://bucket/store", Path("s3://bucket/store")):
+        for use in (open_store, read_begun, lambda p: StoreWriter(p, manifest, [])):
+            with pytest.raises(ValueError, match="local folders only"):
+                use(path)
+
+
 class Stop(Exception):
     pass
 
@@ -296,6 +325,7 @@ def test_what_a_stopped_write_left_is_not_merged(store, tmp_path):
     for index in (0, 1):
         writer.write_shard(make_shard(manifest, index))
     writer._commit()
+    writer.close()
     torn = path / "acts/mlp_act.1/c/2/0"  # a shard that is partly filled
     torn.parent.mkdir(parents=True)
     torn.write_bytes(b"torn")
@@ -305,7 +335,7 @@ def test_what_a_stopped_write_left_is_not_merged(store, tmp_path):
 
 def test_a_full_disk_is_one_line_and_resumable(store, tmp_path, monkeypatch):
     path = tmp_path / "full"
-    write_whole, n_left = store_writer._write_whole, 4
+    write_whole, n_left = store_writer.write_whole, 4
 
     def fail(file, data):
         nonlocal n_left
@@ -314,7 +344,7 @@ def test_a_full_disk_is_one_line_and_resumable(store, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write_whole(file, data)
 
-    monkeypatch.setattr(store_writer, "_write_whole", fail)
+    monkeypatch.setattr(store_writer, "write_whole", fail)
     with pytest.raises(OSError, match="is full, with . of 5 shards written") as error:
         write_store(path, ROWS, SITES)
     assert error.value.errno == errno.ENOSPC and "\n" not in str(error.value)
@@ -333,7 +363,7 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypat
     Usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 10**6))
     path = tmp_path / "a" / "b"
-    with pytest.raises(OSError, match="needs 27 MB more, its disk has 1 MB free"):
+    with pytest.raises(OSError, match="needs 27 MB more, the disk .* has 1 MB free"):
         write_store(path, {"train": 10**6})
     assert not path.parent.exists()
 

@@ -45,6 +45,18 @@ def test_what_is_no_text_is_left_out(tmp_path):
     assert [document.name for document in read_documents([str(root)])] == ["good.txt"]
 
 
+def test_a_name_that_is_no_utf8_is_text(tmp_path):
+    try:
+        (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("one")
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    (document,) = read_documents([str(tmp_path)])
+    assert document.name == "caf\\xe9.txt"
+    hash_name(document.name)
+    named = read_documents([os.path.join(tmp_path, os.fsdecode(b"caf\xe9.txt"))])
+    assert named == [document]
+
+
 def test_path_without_text_says_what_it_found(tmp_path):
     with pytest.raises(ValueError, match="found 0 files"):
         read_documents([str(tmp_path)])

@@ -44,7 +44,8 @@ def _list_commands() -> str:
         (
             "usage: sae-jax COMMAND [--flag=value ...]\n",
             *lines,
-            "\n`sae-jax COMMAND --help` lists the flags of a command.",
+            "\n`sae-jax COMMAND --help` lists the flags of a command; --verbosity=1 "
+            "shows the\ntraceback of an error.",
         )
     )
 

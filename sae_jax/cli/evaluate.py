@@ -12,6 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
+from sae_jax.cli.errors import Misuse
 from sae_jax.evals import EvaluateConfig, format_table
 from sae_jax.report import EVALUATION_FILE, REPORT_FILE, evaluate_run
 from sae_jax.run import WEIGHTS
@@ -30,7 +31,7 @@ _REPORT = flags.DEFINE_bool("report", True, "write report.html")
 def main(argv: Sequence[str]) -> None:
     """Evaluates the run folder that is the one argument."""
     if len(argv) != 2:
-        raise ValueError("give one run folder: sae-jax evaluate RUN_DIR [--flag=value]")
+        raise Misuse("give one run folder: sae-jax evaluate RUN_DIR [--flag=value]")
     run_dir = Path(argv[1])
     results = evaluate_run(
         run_dir,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from sae_jax.cli.errors import Misuse
 from sae_jax.harvest import HELDOUT_EVERY, ROWS_PER_CHUNK, ROWS_PER_SHARD, harvest
 from sae_jax.subjects import load_subject
 from sae_jax.text import read_documents, read_standard_library
@@ -37,9 +38,9 @@ _HELDOUT_EVERY = flags.DEFINE_integer(
 def main(argv: Sequence[str]) -> None:
     """Checks the flags and harvests."""
     if len(argv) > 1:
-        raise ValueError(f"unexpected argument {argv[1]!r}: give flags only")
+        raise Misuse(f"unexpected argument {argv[1]!r}: give flags only")
     if _OUT.value is None:
-        raise ValueError("--out is required; see sae-jax harvest --help")
+        raise Misuse("--out is required; see sae-jax harvest --help")
     store = harvest(
         load_subject(_SUBJECT.value),
         read_documents(_TEXT.value) if _TEXT.value else read_standard_library(),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from sae_jax.cli.errors import Misuse
 from sae_jax.quickstart import FOLDER, quickstart
 
 _FOLDER = flags.DEFINE_string("folder", FOLDER, "where to put the store and the run")
@@ -19,6 +20,6 @@ _FOLDER = flags.DEFINE_string("folder", FOLDER, "where to put the store and the 
 def main(argv: Sequence[str]) -> None:
     """Runs the quickstart."""
     if len(argv) > 1:
-        raise ValueError(f"unexpected argument {argv[1]!r}: give flags only")
+        raise Misuse(f"unexpected argument {argv[1]!r}: give flags only")
     report = quickstart(_FOLDER.value)
     print(f"\nopen {report.resolve()}")

@@ -1,6 +1,7 @@
 """What every command has: the flag that chooses virtual devices, parsing, and help."""
 
 import inspect
+import os
 import types
 from pathlib import Path
 
@@ -37,6 +38,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     # Left at its default of warnings, absl.app would raise the verbosity to INFO.
     flags.FLAGS["verbosity"].using_default_value = False
     if _CPU_DEVICES.value is not None:
+        # The threads of the CPU client, as in `sae_jax.cli.main`.
+        n_threads = max(int(os.environ.get("NPROC", 1)), _CPU_DEVICES.value)
+        os.environ["NPROC"] = str(n_threads)
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
     return positional

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
+from sae_jax.cli.errors import Misuse
+from sae_jax.config import TrainConfig
 from sae_jax.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -26,9 +28,13 @@ _PROFILE_STEPS = flags.DEFINE_list(
 def main(argv: Sequence[str]) -> None:
     """Checks the flags and trains."""
     if len(argv) > 1:
-        raise ValueError(f"unexpected argument {argv[1]!r}: give flags only")
+        raise Misuse(f"unexpected argument {argv[1]!r}: give flags only")
     if _CONFIG.value is None or _WORKDIR.value is None:
-        raise ValueError("give --config=FILE and --workdir=FOLDER; see train --help")
+        raise Misuse("give --config=FILE and --workdir=FOLDER; see train --help")
+    if not isinstance(_CONFIG.value, TrainConfig):
+        raise Misuse(
+            f"get_config() returned {type(_CONFIG.value).__name__}, not a TrainConfig"
+        )
     train(_CONFIG.value, _WORKDIR.value, profile_steps=_profile_steps())
     print(f"trained: {_WORKDIR.value}")
 
@@ -36,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
 def _profile_steps() -> tuple[int, int] | None:
     if _PROFILE_STEPS.value is None:
         return None
-    numbers = [int(text) for text in _PROFILE_STEPS.value if text.isdigit()]
-    if len(numbers) != 2:
-        raise ValueError("--profile_steps wants two step numbers, as 10,15")
-    return numbers[0], numbers[1]
+    first, *others = _PROFILE_STEPS.value
+    if len(others) != 1 or not first.isdigit() or not others[0].isdigit():
+        raise Misuse("--profile_steps wants two step numbers, as 10,15")
+    return int(first), int(others[0])

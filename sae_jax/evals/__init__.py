@@ -54,14 +54,19 @@ def evaluate(
     """The metrics of an SAE on the held-out rows of its store, ready for JSON.
 
     Raises:
-        ValueError: an unknown metric; SAE, subject and store that do not belong
+        ValueError: an unknown metric; SAE, subject, store and mesh that do not belong
             together; a figure that is not finite.
     """
     config = config or EvaluateConfig()
     for name in metrics:
         if name not in METRICS:
             raise ValueError(f"unknown metric {name!r}: {nearest_name(name, METRICS)}")
-    context = open_context(sae, subject, store, mesh, seed, progress)
+    if mesh is not None and mesh != sae.mesh:
+        raise ValueError(
+            f"the SAE is on a mesh {dict(sae.mesh.shape)}, not {dict(mesh.shape)}: "
+            "load it on the mesh that evaluates it"
+        )
+    context = open_context(sae, subject, store, seed, progress)
     computed = {name: METRICS[name](context, config) for name in metrics}
     for name, figures in computed.items():
         _check_finite(name, figures)

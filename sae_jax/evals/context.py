@@ -5,8 +5,7 @@ errors can be taken over contexts and smaller draws are part of larger ones.
 """
 
 import dataclasses
-import io
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, Protocol
 
 import jax
@@ -81,14 +80,13 @@ def open_context(
     sae: Sae,
     subject: Subject,
     store: Store,
-    mesh: Mesh | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Context:
     """The context of an evaluation, checked; the subject is placed on the mesh.
 
     Raises:
-        ValueError: SAE, subject, store and mesh do not belong together.
+        ValueError: SAE, subject and store do not belong together.
     """
     site = store.site(sae.site)
     if store.width(site) != sae.d_model:
@@ -102,11 +100,6 @@ def open_context(
             f"{store.path} was harvested from subject {stored['name']} "
             f"({stored['identity'][:12]}), not from {subject.name} "
             f"({subject.identity[:12]}): give the subject of the store"
-        )
-    if mesh is not None and mesh != sae.mesh:
-        raise ValueError(
-            f"the SAE is on a mesh {dict(sae.mesh.shape)}, not {dict(mesh.shape)}: "
-            "load it on the mesh that evaluates it"
         )
     if not store.rows("heldout"):
         raise ValueError(
@@ -134,10 +127,11 @@ def iterate_rows(
     sequences: NDArray[np.int64],
     batch_rows: int,
     task: str | None = None,
-) -> Iterator[tuple[jax.Array, jax.Array]]:
+) -> Generator[tuple[jax.Array, jax.Array], None, None]:
     """All rows of the sequences, in batches of one shape, over the data axis.
 
-    With a `task` to name, progress is shown.
+    With a `task` to name, progress is shown: take the batches inside
+    `contextlib.closing`, so that an error ends its line.
 
     Yields:
         Rows [B, D] and which of them count, bool [B]: the last batch is filled up
@@ -147,22 +141,22 @@ def iterate_rows(
     per_batch = _round_up(max(1, batch_rows // n_positions), context.mesh.shape[DATA])
     mask_sharding = NamedSharding(context.mesh, PartitionSpec(DATA))
     shape = (per_batch * n_positions, store.width(context.site))
-    progress = _start_progress(context, task, len(sequences) * n_positions, "rows")
-    for start in range(0, len(sequences), per_batch):
-        chosen = sequences[start : start + per_batch]
-        # Anew for each batch: on a CPU the device array may share this buffer.
-        rows_bd = np.empty(shape, jnp.bfloat16)
-        n_real = len(chosen) * n_positions
-        ranges = [(int(sequence) * n_positions, n_positions) for sequence in chosen]
-        store.read_ranges(context.site, ranges, into=rows_bd[:n_real])
-        # Real rows, not zeros: a row without a norm could give a NaN.
-        rows_bd[n_real:] = rows_bd[0]
-        yield (
-            jax.device_put(rows_bd, batch_sharding(context.mesh)),
-            jax.device_put(np.arange(len(rows_bd)) < n_real, mask_sharding),
-        )
-        progress.update(start * n_positions + n_real)
-    progress.close()
+    n_rows = len(sequences) * n_positions
+    with _start_progress(context, task, n_rows, "rows") as progress:
+        for start in range(0, len(sequences), per_batch):
+            chosen = sequences[start : start + per_batch]
+            # Anew for each batch: on a CPU the device array may share this buffer.
+            rows_bd = np.empty(shape, jnp.bfloat16)
+            n_real = len(chosen) * n_positions
+            ranges = [(int(sequence) * n_positions, n_positions) for sequence in chosen]
+            store.read_ranges(context.site, ranges, into=rows_bd[:n_real])
+            # Real rows, not zeros: a row without a norm could give a NaN.
+            rows_bd[n_real:] = rows_bd[0]
+            yield (
+                jax.device_put(rows_bd, batch_sharding(context.mesh)),
+                jax.device_put(np.arange(len(rows_bd)) < n_real, mask_sharding),
+            )
+            progress.update(start * n_positions + n_real)
 
 
 def iterate_tokens(
@@ -170,19 +164,18 @@ def iterate_tokens(
     sequences: NDArray[np.int64],
     batch_sequences: int,
     task: str | None = None,
-) -> Iterator[tuple[jax.Array, int]]:
+) -> Generator[tuple[jax.Array, int], None, None]:
     """Tokens [B, T] in batches of one shape, over all devices, and how many count."""
     n_batch = _round_up(batch_sequences, context.mesh.size)
     sharding = NamedSharding(context.mesh, PartitionSpec((DATA, LATENT), None))
-    progress = _start_progress(context, task, len(sequences), "contexts")
-    for start in range(0, len(sequences), n_batch):
-        chosen = sequences[start : start + n_batch]
-        tokens_bt = context.store.read_tokens(chosen)
-        padding = ((0, n_batch - len(chosen)), (0, 0))
-        padded_bt = np.pad(tokens_bt, padding, mode="edge")
-        yield jax.device_put(padded_bt, sharding), len(chosen)
-        progress.update(start + len(chosen))
-    progress.close()
+    with _start_progress(context, task, len(sequences), "contexts") as progress:
+        for start in range(0, len(sequences), n_batch):
+            chosen = sequences[start : start + n_batch]
+            tokens_bt = context.store.read_tokens(chosen)
+            padding = ((0, n_batch - len(chosen)), (0, 0))
+            padded_bt = np.pad(tokens_bt, padding, mode="edge")
+            yield jax.device_put(padded_bt, sharding), len(chosen)
+            progress.update(start + len(chosen))
 
 
 def _round_up(number: int, multiple_of: int) -> int:
@@ -193,4 +186,4 @@ def _start_progress(
     context: Context, task: str | None, total: int, unit: str
 ) -> Progress:
     is_shown = context.progress and task is not None
-    return Progress(total, unit, task or "", stream=None if is_shown else io.StringIO())
+    return Progress(total, unit, task or "", is_shown=is_shown)

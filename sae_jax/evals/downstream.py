@@ -13,6 +13,7 @@ Zero ablation breaks most models far more than the mean does, so recovered_from_
 flatters. Source: Gao et al. 2024 (arXiv:2406.04093), section 4.1.
 """
 
+import contextlib
 from typing import Any
 
 import jax
@@ -63,14 +64,15 @@ def _measure(context: Context, config: EvaluateConfig) -> dict[str, Array]:
         _measure_batch, static_argnames="site", out_shardings=replicated(context.mesh)
     )
     batches = []
-    for tokens_bt, n_real in iterate_tokens(
-        context, sequences, config.batch_sequences, "splice"
-    ):
-        nats = measure_batch(
-            context.sae, context.subject, tokens_bt, mean_d, site=context.site
-        )
-        nats = jax.device_get(nats)
-        batches.append({name: nats_bt[:n_real] for name, nats_bt in nats.items()})
+    with contextlib.closing(
+        iterate_tokens(context, sequences, config.batch_sequences, "splice")
+    ) as contexts:
+        for tokens_bt, n_real in contexts:
+            nats = measure_batch(
+                context.sae, context.subject, tokens_bt, mean_d, site=context.site
+            )
+            nats = jax.device_get(nats)
+            batches.append({name: nats_bt[:n_real] for name, nats_bt in nats.items()})
     return {
         name: np.concatenate([batch[name] for batch in batches]).astype(np.float64)
         for name in batches[0]

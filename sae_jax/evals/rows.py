@@ -5,6 +5,7 @@ first pass over the rows has found; all sums over rows are float64 on the host. 
 nothing cancels, however far the mean is from zero.
 """
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -66,11 +67,12 @@ def _measure(context: Context, config: EvaluateConfig) -> RowMeasures:
     measure_batch = jax.jit(_measure_batch, out_shardings=everywhere)
     counts_l = jax.device_put(jnp.zeros(sae.n_latents, jnp.int32), everywhere)
     batches: list[dict[str, NDArray[np.float32]]] = []
-    for rows_bd, mask_b in iterate_rows(
-        context, sequences, config.batch_rows, "measure"
-    ):
-        measures, counts_l = measure_batch(sae, rows_bd, mask_b, means, counts_l)
-        batches.append(jax.device_get(measures))
+    with contextlib.closing(
+        iterate_rows(context, sequences, config.batch_rows, "measure")
+    ) as rows:
+        for rows_bd, mask_b in rows:
+            measures, counts_l = measure_batch(sae, rows_bd, mask_b, means, counts_l)
+            batches.append(jax.device_get(measures))
     n_rows = len(sequences) * n_positions
     per_row = {
         f"{name}_st": _concatenate(batches, name)[:n_rows].reshape(-1, n_positions)

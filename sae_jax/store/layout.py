@@ -10,6 +10,8 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
+from sae_jax.files import refuse_remote
+
 VERSION = 1
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
@@ -21,7 +23,7 @@ class Manifest:
     """The contents of manifest.json. Hashes are sha256."""
 
     version: int = VERSION
-    subject: dict[str, str]  # name and identity
+    subject: dict[str, str]  # name, identity, and the dtype it computed in
     tokenizer: str  # hash
     corpus: str  # hash of the names and texts of all documents
     sites: dict[str, int]  # the width of each
@@ -127,6 +129,7 @@ def statistics_file(folder: Path, site: str) -> Path:
 
 def read_manifest(path: str | Path) -> Manifest:
     """The manifest of a store, which may still be incomplete."""
+    refuse_remote(path)
     file = Path(path) / MANIFEST
     if not file.is_file():
         raise FileNotFoundError(

@@ -12,14 +12,20 @@ import dataclasses
 import errno
 import io
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
+from sae_jax.files import (
+    LOCK_FILE,
+    PARTIAL,
+    check_space,
+    lock_folder,
+    refuse_remote,
+    write_whole,
+)
 from sae_jax.store.layout import (
     DOCUMENTS,
     MANIFEST,
@@ -45,9 +51,10 @@ SETTINGS = (
     "rows_per_chunk",
     "rows",
 )
-_PARTIAL = ".partial"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _MB = 10**6
+# In a folder where a new store may begin.
+_OURS = {LOCK_FILE, MANIFEST + PARTIAL}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +71,14 @@ def read_begun(path: str | Path) -> Manifest | None:
 
     Raises ValueError if anything else is there.
     """
+    refuse_remote(path)
     folder = Path(path)
     if (folder / MANIFEST).exists():
         return read_manifest(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{str(path)!r} is a file: give a new folder")
     if folder.is_dir():
-        others = {file.name for file in folder.iterdir()} - {_partial(MANIFEST)}
+        others = {file.name for file in folder.iterdir()} - _OURS
         if others:
             raise ValueError(
                 f"{str(path)!r} is not a store and not empty (it has {min(others)!r}): "
@@ -85,8 +93,8 @@ def check_same_settings(
     """ValueError, naming the field, if the store was begun with another setting."""
     for name, value in settings.items():
         old, new = getattr(begun, name), value
-        if name == "subject":  # its name may be a path
-            old, new = old["identity"], new["identity"]
+        if name == "subject":
+            old, new = _drop_name(old), _drop_name(new)
         if name in SETTINGS and old != new:
             raise ValueError(
                 f"the store at {str(path)!r} was begun with {name} = {old!r}, this "
@@ -98,31 +106,44 @@ class StoreWriter:
     """Begins a store, or goes on with the one at `path`: its next shard is
     `manifest.shards_written`.
 
-    Raises ValueError if the store there was begun with other settings, or if
-    something else is there, and OSError (ENOSPC) if the disk cannot hold the rest.
+    Nobody else can write there until it is closed: by `close`, `finish` or `with`.
+    Raises ValueError if the store there was begun with other settings, if something
+    else is there or if another process writes it, and OSError (ENOSPC) if the disk
+    cannot hold the rest.
     """
 
     def __init__(self, path: str | Path, manifest: Manifest, document_names: list[str]):
-        begun = read_begun(path)
-        if begun is not None:
-            check_same_settings(path, begun, dataclasses.asdict(manifest))
         self.path = Path(path)
-        self.manifest = manifest if begun is None else begun
+        self.manifest = _choose(path, manifest)
         self._layouts = list_arrays(self.manifest)
-        self._check_space()
-        # The manifest first: a folder that has anything in it has a manifest.
+        cure = "lower --max_rows, or give another --out"
+        check_space(path, self._missing_bytes(), f"the store {str(path)!r}", cure)
         self.path.mkdir(parents=True, exist_ok=True)
-        with self._full_disk_named():
-            self._replace_manifest()
-            names = json.dumps(document_names, indent=0, ensure_ascii=False)
-            _write_whole(self.path / DOCUMENTS, names.encode())
-            n_shards = len(self.manifest.shards)
-            self._arrays = {
-                array.name: array.open(self.path, n_shards, create=True)
-                for array in self._layouts
-            }
+        self._lock = lock_folder(path)
         self._writes: list[Any] = []
-        self._sums = self.manifest.sums
+        try:
+            # Again: another process may have written, and ended, since.
+            self.manifest = _choose(path, manifest)
+            self._sums = self.manifest.sums
+            self._begin(document_names)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets others write. What is not safe yet will be written again."""
+        try:
+            for write in self._writes:
+                write.exception()  # waits
+        finally:
+            self._writes = []
+            self._lock.close()
 
     def write_shard(self, shard: Shard) -> None:
         """Starts to write the next shard, once the one before it is safe.
@@ -167,13 +188,26 @@ class StoreWriter:
                 np.save(mean_file, np.asarray(sums["rows_d"]) / rows)
                 file = statistics_file(self.path, site)
                 file.parent.mkdir(exist_ok=True)
-                _write_whole(file, mean_file.getvalue())
+                write_whole(file, mean_file.getvalue())
                 statistics[site] = {
                     "rows": sums["rows"],
                     "mean_norm": sums["norm"] / rows,
                     "mean_square_norm": sums["square_norm"] / rows,
                 }
             self._replace_manifest(statistics=statistics, sums={}, complete=True)
+        self.close()
+
+    def _begin(self, document_names: list[str]) -> None:
+        # The manifest first: a folder that has anything in it has a manifest.
+        with self._full_disk_named():
+            self._replace_manifest()
+            names = json.dumps(document_names, indent=0, ensure_ascii=False)
+            write_whole(self.path / DOCUMENTS, names)
+            n_shards = len(self.manifest.shards)
+            self._arrays = {
+                array.name: array.open(self.path, n_shards, create=True)
+                for array in self._layouts
+            }
 
     def _start_write(self, array: ArrayLayout, shard: int, values: np.ndarray) -> Any:
         # What a stopped harvest left would be read and merged; it may be damaged.
@@ -196,7 +230,7 @@ class StoreWriter:
     def _replace_manifest(self, **changes: Any) -> None:
         manifest = dataclasses.replace(self.manifest, **changes)
         text = json.dumps(dataclasses.asdict(manifest), indent=2)
-        _write_whole(self.path / MANIFEST, text.encode() + b"\n")
+        write_whole(self.path / MANIFEST, text + "\n")
         self.manifest = manifest
 
     def _missing_bytes(self) -> int:
@@ -208,18 +242,6 @@ class StoreWriter:
             for shard in manifest.shards[manifest.shards_written :]
             for array in self._layouts
         )
-
-    def _check_space(self) -> None:
-        folder = self.path.absolute()
-        while not folder.exists():
-            folder = folder.parent
-        needed, free = self._missing_bytes(), shutil.disk_usage(folder).free
-        if needed > free:
-            raise OSError(
-                errno.ENOSPC,
-                f"{str(self.path)!r} needs {-(-needed // _MB)} MB more, its disk has "
-                f"{free // _MB} MB free: lower --max_rows, or give another --out",
-            )
 
     @contextlib.contextmanager
     def _full_disk_named(self) -> Iterator[None]:
@@ -236,6 +258,20 @@ class StoreWriter:
                 f"free {-(-self._missing_bytes() // _MB)} MB and run the same harvest "
                 "again to go on",
             ) from error
+
+
+def _choose(path: str | Path, planned: Manifest) -> Manifest:
+    """The manifest to go on with: that of the store begun there, or the planned."""
+    begun = read_begun(path)
+    if begun is None:
+        return planned
+    check_same_settings(path, begun, dataclasses.asdict(planned))
+    return begun
+
+
+def _drop_name(subject: Mapping[str, str]) -> dict[str, str]:
+    """What a subject is; its name may be a path."""
+    return {key: value for key, value in subject.items() if key != "name"}
 
 
 def _add_sums(
@@ -270,22 +306,3 @@ def _is_full_disk(error: OSError | ValueError) -> bool:
         return error.errno in _DISK_FULL
     # tensorstore gives the number in its text.
     return any(f"os_error_code='{number}'" in str(error) for number in _DISK_FULL)
-
-
-def _partial(name: str) -> str:
-    return name + _PARTIAL
-
-
-def _write_whole(file: Path, data: bytes) -> None:
-    """Replaces `file` at once: after a stop it has the old contents, or the new."""
-    partial = file.with_name(_partial(file.name))
-    with open(partial, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -6,6 +6,7 @@ groups of the living, ordered by density, so that what is shown is typical and n
 best. A second pass, over their contexts alone, reads each token's activation.
 """
 
+import contextlib
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from sae_jax.evals.context import (
@@ -70,7 +71,6 @@ def top_contexts(
     store: Store,
     n_latents: int = 40,
     n_contexts: int = 8,
-    mesh: Mesh | None = None,
     seed: int = 0,
     config: EvaluateConfig | None = None,
     progress: bool = False,
@@ -81,7 +81,7 @@ def top_contexts(
     many held-out rows are searched.
     """
     config = config or EvaluateConfig()
-    context = open_context(sae, subject, store, mesh, seed, progress)
+    context = open_context(sae, subject, store, seed, progress)
     sequences = choose_row_sequences(context, config.rows)
     found = _search(context, sequences, config.batch_rows, n_contexts)
     latents = _sample_latents(np.asarray(found["counts_l"]), n_latents, seed)
@@ -120,10 +120,13 @@ def _search(
         out_shardings=by_latent,
     )
     first = 0
-    for rows_bd, mask_b in iterate_rows(context, sequences, batch_rows, "search"):
-        found = merge(context.sae, found, rows_bd, mask_b, first)
-        jax.block_until_ready(found)  # one step in flight
-        first += len(rows_bd) // n_positions
+    with contextlib.closing(
+        iterate_rows(context, sequences, batch_rows, "search")
+    ) as rows:
+        for rows_bd, mask_b in rows:
+            found = merge(context.sae, found, rows_bd, mask_b, first)
+            jax.block_until_ready(found)  # one step in flight
+            first += len(rows_bd) // n_positions
     return jax.device_put(found, replicated(context.mesh))
 
 

@@ -1,0 +1,70 @@
+"""Files written whole, room on the disk, one writer a folder."""
+
+import errno
+import gc
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sae_jax.files import check_space, lock_folder, refuse_remote, write_whole
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "figures.json"
+    write_whole(path, "caf\u00e9\n")
+    assert path.read_bytes() == b"caf\xc3\xa9\n"
+    monkeypatch.setattr(os, "replace", None)
+    with pytest.raises(TypeError):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"caf\xc3\xa9\n"
+    monkeypatch.undo()
+    write_whole(str(path), b"new")
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == [path.name]
+
+
+def test_space_is_that_of_the_nearest_folder_there(tmp_path):
+    path = tmp_path / "a" / "b"
+    check_space(path, 1, "a byte", "")
+    with pytest.raises(OSError, match="a run needs .* MB more, .*: go away") as error:
+        check_space(path, 10**18, "a run", "go away")
+    assert error.value.errno == errno.ENOSPC
+    assert f"the disk of {str(path)!r} has" in error.value.strerror
+    assert "\n" not in error.value.strerror and not path.parent.exists()
+
+
+def test_only_remote_paths_are_refused():
+    for path in ("gs://b/x", "s3://b", "file:///x", Path("gs://b/x")):
+        with pytest.raises(ValueError, match="local folders only"):
+            refuse_remote(path)
+    for path in ("run", "/run", "./a:/b", "C:/run", Path("a b"), "a:b/c"):
+        refuse_remote(path)
+
+
+def test_a_lock_ends_when_closed_or_dropped(tmp_path):
+    with lock_folder(tmp_path):
+        with pytest.raises(ValueError, match="in use by another process"):
+            lock_folder(tmp_path)
+    lock = lock_folder(tmp_path)
+    with pytest.raises(ValueError, match="wait for it, or choose another folder"):
+        lock_folder(tmp_path)
+    del lock
+    gc.collect()
+    lock_folder(tmp_path).close()
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    code = "import sys, time; from sae_jax.files import lock_folder; "
+    code += "lock = lock_folder(sys.argv[1]); print(1, flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+    with process:
+        assert process.stdout.readline() == b"1\n"
+        with pytest.raises(ValueError, match="in use"):
+            lock_folder(tmp_path)
+        process.send_signal(signal.SIGKILL)
+    lock_folder(tmp_path).close()
