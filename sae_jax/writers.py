@@ -4,6 +4,7 @@ A writer has `write(step, scalars)` and `close()`. A run that resumes at step s 
 drops what an earlier life wrote after s, so every step stands in the file once.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,7 +56,10 @@ class TensorBoardWriter:
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._writer.close()
+        # A full disk must not hide the error that ended the run: the JSON lines are
+        # the record, these events a view of it.
+        with contextlib.suppress(OSError):
+            self._writer.close()
 
 
 class MemoryWriter:
