@@ -121,9 +121,7 @@ def _run(
 class _Report:
     """Looks at every step's scalars: refuses what is not finite, writes some."""
 
-    def __init__(
-        self, setup: Setup, writers: Writer, checkpoints: Checkpoints
-    ):
+    def __init__(self, setup: Setup, writers: Writer, checkpoints: Checkpoints):
         self._config = setup.config
         self._learning_rate = configs.learning_rate(setup.config)
         self._writers = writers

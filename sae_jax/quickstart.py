@@ -3,8 +3,8 @@
     text -> subject model -> store -> SAE -> evaluation -> report.html
 
 The default subject reads the source of the running Python's standard library; an SAE
-of 16 latents per dimension learns its residual stream. Each part is skipped where an
-earlier run of the quickstart in the same folder has finished it.
+of 16 latents per dimension learns its residual stream. A harvest or a training that an
+earlier quickstart began in the same folder goes on where it was, or is left as it is.
 """
 
 from pathlib import Path
