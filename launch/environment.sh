@@ -27,7 +27,10 @@ prepare_environment() {
   fi
   if ! is_stamped "$stamp" "$wanted"; then
     echo "installing sae_jax${extras:+[$extras]} ${*:+and $* }into $venv" >&2
-    install "$installer" "$@" -e "$root${extras:+[$extras]}" ||
+    # compat: a plain path. The default's import hook loses to any folder that is called
+    # sae_jax, as a clone's is, in the folder that Python was started in.
+    install "$installer" "$@" --config-settings editable_mode=compat \
+      -e "$root${extras:+[$extras]}" ||
       fail "the install failed: cure what is said above, then run this again"
     echo "$wanted" >"$stamp"
   fi

@@ -11,6 +11,7 @@ work, and never more than one step waits behind the one that runs.
 import contextlib
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from sae_jax import checkpoint, files, loader, state
+from sae_jax import checkpoint, files, interrupt, loader, state
 from sae_jax import config as configs
 from sae_jax import mesh as meshes
 from sae_jax.checkpoint import Checkpoints, Meta
@@ -61,6 +62,7 @@ def train(
     Raises:
         ValueError: a bad config, store or mesh; nothing was started.
         NonFiniteLoss: the loss is not finite; names step, term and last checkpoint.
+        KeyboardInterrupt: Ctrl-C or SIGTERM came; the step at hand was saved first.
     """
     if jax.process_count() > 1:
         raise ValueError(
@@ -82,6 +84,7 @@ def train(
         stack.callback(checkpoints.close)
         start, train_state = _start_or_resume(setup, store, checkpoints)
         files.write_whole(workdir / CONFIG_FILE, configs.to_json(setup.config))
+        print(_describe(setup, start), file=sys.stderr)
         writers = _open_writers(workdir, start, writer)
         stack.callback(writers.close)
         stack.callback(profile.close)
@@ -101,7 +104,10 @@ def _run(
     config = setup.config
     train_step = make_step(setup)
     pending: tuple[int, Metrics] | None = None
-    with contextlib.closing(_Report(setup, writers, checkpoints)) as report:
+    with (
+        interrupt.deferred() as is_stop_wanted,
+        contextlib.closing(_Report(setup, writers, checkpoints)) as report,
+    ):
         for step in range(start + 1, config.n_steps + 1):
             profile.at(step, pending)
             acts_bd = next(batches)
@@ -110,11 +116,19 @@ def _run(
             if pending:
                 report.step(*pending)
             pending = (step, metrics)
-            if step % config.checkpoint_every_steps == 0 or step == config.n_steps:
+            is_last = step == config.n_steps or is_stop_wanted.is_set()
+            if is_last or step % config.checkpoint_every_steps == 0:
                 report.step(*pending)  # a state is saved only once it was looked at
                 pending = None
                 checkpoints.save(step, train_state, setup)
+            if is_last:
+                break
         checkpoints.wait()
+    if start < config.n_steps and step < config.n_steps:
+        raise KeyboardInterrupt(
+            f"stopped after step {step} of {config.n_steps}, which is saved: the same "
+            "command goes on from there"
+        )
     return train_state
 
 
@@ -201,6 +215,17 @@ class _Profile:
         if self._is_on:
             self._is_on = False
             jax.profiler.stop_trace()
+
+
+def _describe(setup: Setup, start: int) -> str:
+    """One line: what is trained, on what, where, and for how long."""
+    config, shape = setup.config, setup.mesh.shape
+    return (
+        f"train: {config.sae.n_latents:,} latents, k {config.sae.k}, {setup.site} of "
+        f"{config.data.store}, mesh {shape[meshes.DATA]} x {shape[meshes.LATENT]} "
+        f"(data x latent), from step {start:,} to {config.n_steps:,} of "
+        f"{config.data.batch_rows:,} rows each"
+    )
 
 
 def _open_store(config: TrainConfig) -> Store:

@@ -24,7 +24,7 @@ from matplotlib.ticker import EngFormatter, LogLocator
 from sae_jax.evals import EvaluateConfig, evaluate, format_value
 from sae_jax.files import write_whole
 from sae_jax.mesh import make_mesh
-from sae_jax.run import CONFIG_FILE, METRICS_FILE, load, read_config
+from sae_jax.run import CONFIG_FILE, METRICS_FILE, load, read_config, read_step
 from sae_jax.store import Store, open_store
 from sae_jax.subjects import Subject, load_subject
 from sae_jax.viewer import LatentView, top_contexts
@@ -111,7 +111,7 @@ def evaluate_run(
     mesh = mesh or make_mesh(n_latents=run.sae.n_latents)
     sae = load(run_dir, mesh, weights)
     results = evaluate(sae, model, opened, seed=seed, config=config, progress=progress)
-    results["weights"] = weights
+    results |= {"weights": weights, "step": read_step(run_dir), "n_steps": run.n_steps}
     text = json.dumps(results, indent=2, allow_nan=False) + "\n"
     write_whole(run_dir / EVALUATION_FILE, text)
     if report:

@@ -48,6 +48,15 @@ def load(path: str | Path, mesh: Mesh | None = None, weights: str = "ema") -> To
     return jax.jit(setup.sae)(params)
 
 
+def read_step(workdir: str | Path) -> int | None:
+    """The number of steps that the last whole checkpoint of a run folder has done."""
+    checkpoints = Checkpoints(workdir, is_read_only=True)
+    try:
+        return checkpoints.latest_step
+    finally:
+        checkpoints.close()
+
+
 def read_config(workdir: str | Path) -> TrainConfig:
     """The config that a run folder was trained with."""
     path = Path(workdir) / CONFIG_FILE

@@ -49,7 +49,9 @@ def validate(config: TrainConfig, mesh: Mesh, store: Store) -> Setup:
     )
     sae = dataclasses.replace(config.sae, d_model=d_model)
     sae = dataclasses.replace(sae, k_aux=k_aux(sae, d_model))
-    data = dataclasses.replace(config.data, site=site)
+    # Absolute, so that a run can be evaluated from any folder.
+    path = str(store.path.absolute())
+    data = dataclasses.replace(config.data, site=site, store=path)
     return Setup(
         config=dataclasses.replace(config, sae=sae, data=data),
         normalization=normalize.fit(

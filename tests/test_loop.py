@@ -232,6 +232,25 @@ def test_kill_9_then_resume_gives_the_same_bits(shape, planted_store, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, final, expected)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_run_after_saving(
+    number, undisturbed, planted_store, tmp_path
+):
+    class Signal(_KillAt):
+        def write(self, step, scalars):
+            if step == self._step:
+                signal.raise_signal(number)
+
+    before = signal.getsignal(number)
+    config = synthetic.make_config(planted_store, mesh=ONE)
+    with pytest.raises(KeyboardInterrupt, match="after step 12 of 24, which is saved"):
+        loop.train(config, tmp_path / "run", Signal(11))
+    assert signal.getsignal(number) == before
+    assert run.load(tmp_path / "run", weights="raw").n_latents == 128
+    final = jax.device_get(loop.train(config, tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, final, undisturbed[1])
+
+
 def _has_reached(path, step):
     if not path.exists():
         return False

@@ -146,6 +146,7 @@ def test_evaluate_run_leaves_both_files(run, monkeypatch):
     run_dir, sae, subject, store = run
     asked = []
     monkeypatch.setattr(report, "load", lambda *args: asked.append(args) or sae)
+    monkeypatch.setattr(report, "read_step", lambda run_dir: 7)
     monkeypatch.setattr(
         report, "load_subject", lambda name: asked.append(name) or subject
     )

@@ -18,6 +18,8 @@ _MISUSED = 2
 _STOPPED = 130  # as a shell tells of a process that SIGINT ended
 _OVERRIDE = re.compile(r"--?config\.([^=]+)")
 _UNKNOWN_KEYWORD = re.compile(r"unexpected keyword argument '(\w+)'")
+_BAD_NUMBER = re.compile(r"(?:invalid literal|could not convert).*?('[^']*')")
+_NEAR = 1.3  # of 2; below it a field is no likely misspelling of another
 _VERBOSE = re.compile(r"--?(v|verbosity)=[1-9]")
 
 
@@ -61,6 +63,10 @@ def misuse(error: Exception, arguments: list[str]) -> Misuse:
     if isinstance(error, flags.UnrecognizedFlagError):
         if error.flagname.startswith("config."):
             return Misuse(f"--{error.flagname} needs --config=FILE before it")
+    if number := _BAD_NUMBER.search(lines[-1]):
+        for argument in arguments:
+            if repr(argument.partition("=")[2]) == number[1]:
+                return Misuse(f"{argument}: {number[1]} is not a number of its type")
     if keyword := _UNKNOWN_KEYWORD.search(lines[-1]):
         return _unknown_field("the --config file", keyword[1])
     if isinstance(error, flags.Error) and len(lines) == 1:
@@ -70,7 +76,7 @@ def misuse(error: Exception, arguments: list[str]) -> Misuse:
 
 def _message(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
+        return str(error) or "interrupted"
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return where + error.strerror
@@ -90,8 +96,11 @@ def _unknown_field(where: str, path: str) -> Misuse:
         last, wanted = name.split(".")[-1], path.split(".")[-1]
         return _ratio(last, wanted) + _ratio(name, path)
 
-    nearest = max(field_names(TrainConfig), key=likeness)
-    return Misuse(f"{where}: unknown field {path!r}: did you mean {nearest!r}?")
+    names = field_names(TrainConfig)
+    nearest = max(names, key=likeness)
+    near = likeness(nearest) >= _NEAR
+    hint = f"did you mean {nearest!r}?" if near else f"known: {', '.join(names)}"
+    return Misuse(f"{where}: unknown field {path!r}: {hint}")
 
 
 def _ratio(left: str, right: str) -> float:

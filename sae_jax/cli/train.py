@@ -7,13 +7,14 @@ The config file has a `get_config()` that returns a sae_jax.config.TrainConfig; 
 field can be overridden by its dotted name. The same command resumes after a kill.
 """
 
+import operator
 from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import config_flags
 
 from sae_jax.cli.errors import Misuse
-from sae_jax.config import TrainConfig
+from sae_jax.config import TrainConfig, field_names
 from sae_jax.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -22,6 +23,12 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "the run folder, made if missing")
 _PROFILE_STEPS = flags.DEFINE_list(
     "profile_steps", None, "profile the steps FIRST,STOP (STOP not included)"
+)
+
+# Shown by --help, behind the docstring above.
+__doc__ += "\nFields and their defaults; None is derived:\n\n" + "".join(
+    f"    {name} = {operator.attrgetter(name)(TrainConfig())!r}\n"
+    for name in field_names(TrainConfig)
 )
 
 

@@ -91,6 +91,11 @@ def format_table(results: dict[str, Any]) -> str:
         f"{results['n_latents']:,} latents at {results['site']} of "
         f"{results['subject']['name']}, {results['rows']:,} held-out rows",
     ]
+    if "step" in results:
+        lines.append(
+            f"{results['weights']} weights of step {results['step']:,} of "
+            f"{results['n_steps']:,}"
+        )
     if results["rows"] < results["rows_wanted"]:
         lines.append(
             f"fewer rows than the {results['rows_wanted']:,} wanted: rare latents may "
