@@ -62,7 +62,9 @@ ONE_LINE = [
     (["train", "--config=good.py", "--config.sae.kk=1"], 2, "did you mean 'sae.k'?"),
     (["train", "--config=good.py", "--config.sea.k=1"], 2, "did you mean 'sae.k'?"),
     (["train", "--config=good.py", "--config.k=1"], 2, "did you mean 'sae.k'?"),
-    (["train", "--config=good.py", "--config.sae.k=x"], 2, "--config.sae.k=x"),
+    (["train", "--config=good.py", "--config.sae.k=x"], 2, "k=x: 'x' is not a number"),
+    (["train", "--config=good.py", "--config.steps=9"], 2, "'steps': known: sae.arch"),
+    (["train", "--config=good.py"], 2, "give --config=FILE and --workdir=FOLDER"),
     (["train", "--config=misspelt.py"], 2, "field 'rowz': did you mean 'rows'?"),
     (["train", "--config=bad.py"], 2, "rows = 0: must be at least 1"),
 ]
