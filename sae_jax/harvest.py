@@ -103,6 +103,12 @@ def harvest(
     )
     with StoreWriter(out, _plan(settings, packed), packed.names) as writer:
         total = sum(writer.manifest.rows.values())
+        if progress:
+            print(
+                f"harvest: {len(packed.names):,} documents, {total:,} rows of "
+                f"{', '.join(sites)} to {str(out)!r}",
+                file=sys.stderr,
+            )
         with Progress(total, "rows", "harvest", is_shown=progress) as line:
             _write_shards(subject, packed, writer, batch_sequences, line)
         writer.finish()
