@@ -197,7 +197,8 @@ def _collectives(hlo: str) -> list[tuple[str, int]]:
     """(kind, elements of its result) of each collective among two devices or more."""
     found = []
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    alone = r"replica_groups=(\{\{\d+\}|\[\d+,1\])"  # groups of one device each
+    # Groups of one device each, as jax 0.10 writes them and as 0.12 does, by axes.
+    alone = r"replica_groups=(\{\{\d+\}|\[\d+,1\]|mesh\['data'=1,.*?\] \{'data'\})"
     for line in hlo.splitlines():
         match = re.search(rf"= (.*?) ({kinds})(?:-start)?\(", line)
         if not match or re.search(alone, line):
