@@ -136,10 +136,11 @@ class Checkpoints:
             yield
         except (OSError, ValueError, RuntimeError) as error:
             # What Orbax tells of a full disk is pages long, and names no cure.
+            cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise OSError(
-                f"{self.directory}: a checkpoint could not be written "
-                f"({str(error).strip().splitlines()[0][:200]}); make room if the disk "
-                f"is full and resume from the last whole one, {self.latest_step}"
+                f"{self.directory}: a checkpoint could not be written ({cause}); make "
+                "room if the disk is full and resume from the last whole one, "
+                f"{self.latest_step}"
             ) from error
 
 

@@ -13,7 +13,7 @@ from sae_jax.config import DataConfig, OptimizerConfig, SaeConfig, TrainConfig
 from sae_jax.evals import format_table
 from sae_jax.harvest import harvest
 from sae_jax.loop import train
-from sae_jax.report import evaluate_run
+from sae_jax.report import REPORT_FILE, evaluate_run
 from sae_jax.subjects import load_subject
 from sae_jax.text import read_standard_library
 
@@ -48,4 +48,4 @@ def quickstart(folder: str | Path = FOLDER) -> Path:
     train(get_config(folder / "store"), folder / "run")
     results = evaluate_run(folder / "run")
     print(format_table(results))
-    return folder / "run" / "report.html"
+    return folder / "run" / REPORT_FILE
