@@ -1,9 +1,9 @@
 """Which latents are dead: a counter of steps since each latent last fired.
 
-A latent fires on a row when its value is above zero. The counter is 0 after a step
-with a firing and grows by one in every other step; at `dead_after_steps` the latent
-counts as dead, until it fires again. Steps, not rows, are counted on the device, so
-the counter stays far from 2**31 however many rows a step has.
+A latent fires on a row when its value is above `sae.firing_threshold`, 0 unless set.
+The counter is 0 after a step with a firing and grows by one in every other step; at
+`dead_after_steps` the latent counts as dead, until it fires again. Steps, not rows, are
+counted on the device, so the counter stays far from 2**31 however many rows a step has.
 """
 
 from typing import NamedTuple
@@ -18,10 +18,17 @@ class Counters(NamedTuple):
     steps_since_l: jax.Array  # int32 [L]
     dead_after_steps: jax.Array  # int32, constant over the run
     loss_scale: jax.Array  # see sae_jax.losses, constant over the run
+    steps: jax.Array  # int32, done before this one
+    sparsity_warmup_steps: jax.Array  # int32, constant over the run
 
     @property
     def is_dead_l(self) -> jax.Array:
         return is_dead(self.steps_since_l, self.dead_after_steps)
+
+    @property
+    def sparsity_scale(self) -> jax.Array:
+        """What the sparsity coefficient is multiplied by: up to 1 over the warm-up."""
+        return jnp.minimum(1, (self.steps + 1) / self.sparsity_warmup_steps)
 
 
 def start(n_latents: int) -> jax.Array:

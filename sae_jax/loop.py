@@ -10,6 +10,7 @@ work, and never more than one step waits behind the one that runs.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import sys
 import time
@@ -19,12 +20,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from sae_jax import checkpoint, files, interrupt, loader, state
+from sae_jax import checkpoint, files, interrupt, loader, optim, state
 from sae_jax import config as configs
 from sae_jax import mesh as meshes
 from sae_jax.checkpoint import Checkpoints, Meta
 from sae_jax.config import TrainConfig
 from sae_jax.progress import Progress
+from sae_jax.resample import Resampling
 from sae_jax.run import CONFIG_FILE, METRICS_FILE
 from sae_jax.state import Setup, TrainState
 from sae_jax.step import Metrics, make_step, validate
@@ -34,7 +36,7 @@ from sae_jax.writers import JsonLinesWriter, TensorBoardWriter, Writer, Writers
 _SAMPLE_ROWS = 8192  # enough for the median and the variance of a site
 
 # A resumed run may change these; any other difference would make it another run. More
-# rows make it longer: no step depends on how many are to come.
+# rows make it longer, unless the learning rate falls towards the end.
 _MAY_CHANGE = ("mesh.", "rows", "log_every_steps", "checkpoint", "data.store")
 
 
@@ -89,7 +91,17 @@ def train(
         stack.callback(writers.close)
         stack.callback(profile.close)
         batches = stack.enter_context(contextlib.closing(_load(setup, store, start)))
-        return _run(setup, train_state, start, batches, checkpoints, writers, profile)
+        resampling = Resampling(setup, store)
+        return _run(
+            setup,
+            train_state,
+            start,
+            batches,
+            resampling,
+            checkpoints,
+            writers,
+            profile,
+        )
 
 
 def _run(
@@ -97,12 +109,14 @@ def _run(
     train_state: TrainState,
     start: int,
     batches: Iterator[jax.Array],
+    resampling: Resampling,
     checkpoints: Checkpoints,
     writers: Writer,
     profile: "_Profile",
 ) -> TrainState:
     config = setup.config
-    train_step = make_step(setup)
+    # One compilation for each K of the annealing.
+    step_at = functools.cache(lambda k: make_step(setup.with_k(k)))
     pending: tuple[int, Metrics] | None = None
     with (
         interrupt.deferred() as is_stop_wanted,
@@ -112,10 +126,12 @@ def _run(
             profile.at(step, pending)
             acts_bd = next(batches)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                train_step = step_at(config.k_at(step - 1))
                 train_state, metrics = train_step(train_state, acts_bd)
             if pending:
                 report.step(*pending)
             pending = (step, metrics)
+            train_state = resampling.after(step, train_state)
             is_last = step == config.n_steps or is_stop_wanted.is_set()
             if is_last or step % config.checkpoint_every_steps == 0:
                 report.step(*pending)  # a state is saved only once it was looked at
@@ -137,7 +153,6 @@ class _Report:
 
     def __init__(self, setup: Setup, writers: Writer, checkpoints: Checkpoints):
         self._config = setup.config
-        self._learning_rate = configs.learning_rate(setup.config)
         self._writers = writers
         self._checkpoints = checkpoints
         self._progress = Progress(
@@ -160,7 +175,7 @@ class _Report:
             step,
             {"rows": rows}
             | scalars
-            | {"learning_rate": self._learning_rate}
+            | {"learning_rate": float(optim.learning_rate_at(self._config, step - 1))}
             | self._rows_per_second(step),
         )
 
@@ -220,8 +235,12 @@ class _Profile:
 def _describe(setup: Setup, start: int) -> str:
     """One line: what is trained, on what, where, and for how long."""
     config, shape = setup.config, setup.mesh.shape
+    sparsity = f"λ {config.sae.sparsity_coefficient}"
+    if config.sae.architecture in configs.CHOOSE_K:
+        sparsity = f"k {config.sae.k}"
     return (
-        f"train: {config.sae.n_latents:,} latents, k {config.sae.k}, {setup.site} of "
+        f"train: {config.sae.architecture}, {config.sae.n_latents:,} latents, "
+        f"{sparsity}, {setup.site} of "
         f"{config.data.store}, mesh {shape[meshes.DATA]} x {shape[meshes.LATENT]} "
         f"(data x latent), from step {start:,} to {config.n_steps:,} of "
         f"{config.data.batch_rows:,} rows each"
@@ -262,7 +281,8 @@ def _refuse_another_run(meta: Meta, setup: Setup, path: Path) -> None:
     """ValueError if the checkpoint is of a run that `setup` does not go on with."""
     was, now = dataclasses.asdict(meta.config), dataclasses.asdict(setup.config)
     for name, old, new in _differences(was, now):
-        if not name.startswith(_MAY_CHANGE):
+        depends_on_end = name == "rows" and setup.config.optimizer.decay_rows
+        if depends_on_end or not name.startswith(_MAY_CHANGE):
             raise ValueError(
                 f"{path}: this run has {name} = {old!r}, now {new!r} is asked: "
                 "resume with the same config, or choose another workdir"

@@ -1,7 +1,8 @@
 """The optimizer as a chain of optax transforms, and the average of the weights.
 
     project   g <- g - (g . w) w      for each unit decoder row w
-    Adam      constant learning rate, eps 6.25e-10
+    clip      g <- g min(1, c / |g|)  |g| over all parameters on all devices; optional
+    Adam      eps 6.25e-10; constant rate, with linear warm-up and decay if asked
     unit norm w <- w / |w|            for each decoder row, after Adam's step
     EMA       m <- d m + (1 - d) w,   read as m / (1 - d^t)
 
@@ -14,11 +15,13 @@ Parameters are flat dictionaries from a name to an array; the names of the rows 
 unit norm come from the architecture.
 """
 
+import functools
 from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from sae_jax.config import TrainConfig, learning_rate
 
@@ -30,12 +33,30 @@ def build(
 ) -> optax.GradientTransformation:
     """The whole chain for one run."""
     adam = optax.adam(
-        learning_rate(config),
+        functools.partial(learning_rate_at, config),
         config.optimizer.b1,
         config.optimizer.b2,
         config.optimizer.eps,
     )
-    return optax.chain(project_rows(unit_norm), adam, unit_norm_rows(unit_norm))
+    clip = config.optimizer.clip_norm
+    return optax.chain(
+        project_rows(unit_norm),
+        optax.identity() if clip is None else optax.clip_by_global_norm(clip),
+        adam,
+        unit_norm_rows(unit_norm),
+    )
+
+
+def learning_rate_at(config: TrainConfig, step: ArrayLike) -> jax.Array:
+    """The learning rate of a step, the first being 0."""
+    warmup = config.steps(config.optimizer.warmup_rows)
+    decay = config.steps(config.optimizer.decay_rows)
+    step, rate = jnp.asarray(step, float), jnp.asarray(learning_rate(config))
+    if warmup:
+        rate *= jnp.minimum(1, (step + 1) / warmup)
+    if decay:
+        rate *= jnp.minimum(1, (config.n_steps - step) / decay)
+    return rate
 
 
 def project_rows(names: Collection[str]) -> optax.GradientTransformation:

@@ -13,14 +13,14 @@ from sae_jax import config as configs
 from sae_jax import mesh as meshes
 from sae_jax.checkpoint import FOLDER, Checkpoints
 from sae_jax.config import TrainConfig, nearest_name
-from sae_jax.saes import TopKSae
+from sae_jax.saes import Sae
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 WEIGHTS = ("ema", "raw")
 
 
-def load(path: str | Path, mesh: Mesh | None = None, weights: str = "ema") -> TopKSae:
+def load(path: str | Path, mesh: Mesh | None = None, weights: str = "ema") -> Sae:
     """A trained SAE, ready to `encode` and `decode`.
 
     Args:

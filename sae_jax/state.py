@@ -23,7 +23,10 @@ from sae_jax.firing import Counters
 from sae_jax.geometric_median import geometric_median
 from sae_jax.normalize import Normalization
 from sae_jax.optim import Params
-from sae_jax.saes import ARCHITECTURES, TopKSae
+from sae_jax.saes import ARCHITECTURES, Sae
+
+
+_RANDOM_VECTORS = 256
 
 
 class TrainState(NamedTuple):
@@ -52,9 +55,19 @@ class Setup:
 
     @property
     def unit_norm(self) -> tuple[str, ...]:
-        return ARCHITECTURES[self.config.sae.architecture].unit_norm
+        return ARCHITECTURES[self.config.sae.architecture].unit_norm(self.config.sae)
 
-    def sae(self, params: Params) -> TopKSae:
+    def with_k(self, k: int) -> "Setup":
+        """The same run choosing K latents, for one stage of annealing."""
+        if k == self.config.sae.k:
+            return self
+        sae = dataclasses.replace(self.config.sae, k=k)
+        config = dataclasses.replace(
+            self.config, sae=sae, k_start=None, k_anneal_rows=0
+        )
+        return dataclasses.replace(self, config=config)
+
+    def sae(self, params: Params) -> Sae:
         """The SAE with these parameters; also inside `jax.jit`."""
         return nnx.merge(self.graph, nnx.State(params))
 
@@ -100,6 +113,10 @@ def abstract(setup: Setup) -> TrainState:
             steps_since_l=_with(shapes.counters.steps_since_l, latents),
             dead_after_steps=_with(shapes.counters.dead_after_steps, replicated),
             loss_scale=_with(shapes.counters.loss_scale, replicated),
+            steps=_with(shapes.counters.steps, replicated),
+            sparsity_warmup_steps=_with(
+                shapes.counters.sparsity_warmup_steps, replicated
+            ),
         ),
     )
 
@@ -107,6 +124,8 @@ def abstract(setup: Setup) -> TrainState:
 def _create(setup: Setup, key: jax.Array, sample_bd: jax.Array) -> TrainState:
     normed_bd, _, _ = normalize.apply(setup.normalization, sample_bd)
     sae = _new_sae(setup, key, geometric_median(normed_bd))
+    if setup.config.sae.rescale_encoder:
+        sae.w_enc_ld[...] /= _mean_length(sae, jax.random.fold_in(key, 1))
     params = nnx.to_pure_dict(nnx.state(sae, nnx.Param))
     return TrainState(
         params=params,
@@ -116,21 +135,36 @@ def _create(setup: Setup, key: jax.Array, sample_bd: jax.Array) -> TrainState:
             steps_since_l=firing.start(setup.config.sae.n_latents),
             dead_after_steps=jnp.int32(setup.config.dead_after_steps),
             loss_scale=losses.loss_scale(normed_bd),
+            steps=jnp.int32(0),
+            sparsity_warmup_steps=jnp.int32(setup.config.sparsity_warmup_steps),
         ),
     )
 
 
-def _abstract_sae(setup: Setup) -> TopKSae:
+def _abstract_sae(setup: Setup) -> Sae:
     b_dec_d = jnp.zeros((setup.config.sae.d_model,))
     with jax.set_mesh(setup.mesh):
         return nnx.eval_shape(lambda: _new_sae(setup, _key(setup), b_dec_d))
 
 
-def _new_sae(setup: Setup, key: jax.Array, b_dec_d: jax.Array) -> TopKSae:
+def _new_sae(setup: Setup, key: jax.Array, b_dec_d: jax.Array) -> Sae:
     sae_config = setup.config.sae
     return ARCHITECTURES[sae_config.architecture](
         sae_config, setup.normalization, setup.mesh, setup.site, key, b_dec_d
     )
+
+
+def _mean_length(sae: Sae, key: jax.Array) -> jax.Array:
+    """How long reconstructions of random unit vectors are, seen from b_dec.
+
+    The encoder divided by it starts with reconstructions as long as their inputs
+    (Gao et al. 2024, A.1, which finds that it does not help).
+    """
+    unit_bd = jax.random.normal(key, (_RANDOM_VECTORS, sae.d_model))
+    b_dec_d = sae.b_dec_d[...]
+    code = sae.encode_normed(b_dec_d + optim.normalise_rows(unit_bd))
+    recon_bd = sae.decode_normed(*code[:2])
+    return jnp.mean(jnp.linalg.norm(recon_bd - b_dec_d, axis=1))
 
 
 def _key(setup: Setup) -> jax.Array:

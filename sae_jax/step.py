@@ -12,7 +12,13 @@ from jax.sharding import Mesh
 
 from sae_jax import firing, loader, normalize, optim
 from sae_jax import state as states
-from sae_jax.config import TrainConfig, checked, k_aux
+from sae_jax.config import (
+    CHOOSE_K,
+    TrainConfig,
+    checked,
+    k_aux,
+    subtracts_b_dec,
+)
 from sae_jax.mesh import DATA, LATENT
 from sae_jax.state import Setup, TrainState
 from sae_jax.store import Store
@@ -47,8 +53,13 @@ def validate(config: TrainConfig, mesh: Mesh, store: Store) -> Setup:
         config.data,
         loader.n_loading_processes(mesh, config.data.batch_rows),
     )
-    sae = dataclasses.replace(config.sae, d_model=d_model)
-    sae = dataclasses.replace(sae, k_aux=k_aux(sae, d_model))
+    has_auxk = config.sae.architecture in CHOOSE_K
+    sae = dataclasses.replace(
+        config.sae,
+        d_model=d_model,
+        subtract_b_dec=subtracts_b_dec(config.sae),
+        k_aux=k_aux(config.sae, d_model) if has_auxk else None,
+    )
     # Absolute, so that a run can be evaluated from any folder.
     path = str(store.path.absolute())
     data = dataclasses.replace(config.data, site=site, store=path)
@@ -80,13 +91,15 @@ def make_step(
 
         grads, aux = jax.grad(loss, has_aux=True)(state.params)
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = optax.apply_updates(state.params, updates) | aux["assigned"]
         steps_since_l = firing.update(state.counters.steps_since_l, aux["fired_l"])
         next_state = TrainState(
             params=params,
             ema=optim.ema_update(state.ema, params, setup.config.optimizer.ema_decay),
             optimizer=moments,
-            counters=state.counters._replace(steps_since_l=steps_since_l),
+            counters=state.counters._replace(
+                steps_since_l=steps_since_l, steps=state.counters.steps + 1
+            ),
         )
         norms = {
             "grad_norm": optax.tree.norm(grads),

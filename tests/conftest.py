@@ -26,6 +26,13 @@ def mesh(request):
     return make_mesh(MeshConfig(*request.param))
 
 
+@pytest.fixture
+def x64():
+    """float64 throughout: what is left over from the oracle is rounding alone."""
+    with jax.enable_x64():
+        yield
+
+
 @pytest.fixture(scope="session")
 def planted_store(tmp_path_factory):
     """The path of a complete store with a planted dictionary."""

@@ -4,6 +4,7 @@ This file is the definition of the maths that the package is tested against (Gao
 2024, "Scaling and evaluating sparse autoencoders"). It imports nothing of the package,
 keeps every dense array, and derives its gradients by hand. Parameters are a dict of
 `w_enc_ld`, `w_dec_ld`, `b_dec_d` and, unless the encoder bias is off, `b_enc_l`.
+The other architectures are in oracle_rivals.py.
 """
 
 import dataclasses
@@ -27,8 +28,22 @@ class Settings:
     loss_scale: float = 1.0
     aux_coefficient: float = 1 / 32
     subtract_b_dec: bool = True
+    # Of the rivals (oracle_rivals.py, oracle_topk_family.py)
+    sparsity_coefficient: float = 0.0  # of this step, already warmed up
+    bandwidth: float = 1e-3
+    target_l0: float | None = None
+    multi_topk: bool = False
+    norm_weighted: bool = False
+    prefixes: tuple[int, ...] = ()  # none, or rising and the last all latents
+    # Of a step
+    firing_threshold: float = 0.0
     dead_after_steps: int = 1
+    unit_norm: bool = True  # decoder rows are kept at unit norm
+    clip_norm: float | None = None
     learning_rate: float = 1e-3
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    n_steps: int = 0  # of the whole run, where `decay_steps` is not 0
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 6.25e-10
@@ -82,17 +97,18 @@ def choose(pre_bl: Array, k: int, among_l: NDArray | None = None) -> list[list[i
 
     With `among_l`, only latents where it is true can be chosen: rows may be shorter.
     """
-    n_latents = pre_bl.shape[1]
-    latents = [i for i in range(n_latents) if among_l is None or among_l[i]]
-    return [sorted(latents, key=lambda i: (-pre_l[i], i))[:k] for pre_l in pre_bl]
+    latents = np.arange(pre_bl.shape[1])
+    if among_l is not None:
+        latents = latents[among_l]
+    order_bk = np.argsort(-pre_bl[:, latents], axis=1, kind="stable")[:, :k]
+    return latents[order_bk].tolist()
 
 
 def chosen_values(pre_bl: Array, chosen: list[list[int]]) -> Array:
     """Dense z_bl: ReLU of the chosen pre-activations (ReLU after choosing), else 0."""
-    z_bl = np.zeros_like(pre_bl)
-    for row, latents in enumerate(chosen):
-        for latent in latents:
-            z_bl[row, latent] = max(pre_bl[row, latent], 0.0)
+    z_bl, indices_bk = np.zeros_like(pre_bl), np.array(chosen, int)
+    values_bk = np.maximum(np.take_along_axis(pre_bl, indices_bk, axis=1), 0.0)
+    np.put_along_axis(z_bl, indices_bk, values_bk, axis=1)
     return z_bl
 
 
@@ -180,7 +196,7 @@ def main_gradients(
     """Gradients of the main loss alone."""
     out = forward(params, x_bd, dead_l, settings)
     g_bd = 2 * settings.loss_scale / x_bd.size * (out.x_hat_bd - x_bd)
-    gradients = _code_gradients(params, x_bd, out.z_bl, g_bd, settings)
+    gradients = code_gradients(params, x_bd, out.z_bl, g_bd, settings)
     gradients["b_dec_d"] += g_bd.sum(axis=0)
     return gradients
 
@@ -195,7 +211,7 @@ def aux_gradients(
         variation = ((out.residual_bd - out.residual_bd.mean(axis=0)) ** 2).sum()
         error_bd = out.aux_hat_bd - out.residual_bd
         g_bd = settings.aux_coefficient * 2 * error_bd / variation
-    return _code_gradients(params, x_bd, out.z_aux_bl, g_bd, settings)
+    return code_gradients(params, x_bd, out.z_aux_bl, g_bd, settings)
 
 
 def gradients(
@@ -206,18 +222,22 @@ def gradients(
     return {name: main[name] + aux[name] for name in params}
 
 
-def _code_gradients(
+def code_gradients(
     params: Params, x_bd: Array, z_bl: Array, g_bd: Array, settings: Settings
 ) -> Params:
     """Gradients through z @ w_dec, where g_bd is the gradient of that product."""
     g_pre_bl = (g_bd @ params["w_dec_ld"].T) * (z_bl > 0)
+    gradients = pre_gradients(params, x_bd, g_pre_bl, settings)
+    return gradients | {"w_dec_ld": z_bl.T @ g_bd}
+
+
+def pre_gradients(
+    params: Params, x_bd: Array, g_pre_bl: Array, settings: Settings
+) -> Params:
+    """Gradients through the pre-activations, where g_pre_bl is theirs."""
     b_dec_d = params["b_dec_d"]
     x_in_bd = x_bd - b_dec_d if settings.subtract_b_dec else x_bd
-    gradients = {
-        "w_enc_ld": g_pre_bl.T @ x_in_bd,
-        "w_dec_ld": z_bl.T @ g_bd,
-        "b_dec_d": np.zeros_like(b_dec_d),
-    }
+    gradients = {"w_enc_ld": g_pre_bl.T @ x_in_bd, "b_dec_d": np.zeros_like(b_dec_d)}
     if settings.subtract_b_dec:
         gradients["b_dec_d"] -= g_pre_bl.sum(axis=0) @ params["w_enc_ld"]
     if "b_enc_l" in params:
@@ -246,27 +266,62 @@ def initial_state(params: Params) -> State:
 
 
 def train_step(state: State, x_bd: Array, settings: Settings) -> tuple[State, Forward]:
-    """Projected gradients, Adam, unit rows, weight average, firing counters.
+    """One step of the TopK SAE.
 
     A latent is dead or not by its counter before the step.
     """
     dead_l = is_dead(state.steps_since_l, settings.dead_after_steps)
     out = forward(state.params, x_bd, dead_l, settings)
     g = gradients(state.params, x_bd, dead_l, settings)
-    g["w_dec_ld"] = project_rows(g["w_dec_ld"], state.params["w_dec_ld"])
-    new = State({}, {}, {}, {}, state.steps_since_l, state.n_steps + 1)
+    return update(state, g, fires(out.z_bl, settings), settings), out
+
+
+def update(
+    state: State, gradients: Params, fired_l: NDArray, settings: Settings
+) -> State:
+    """Projection, clipping, Adam, unit rows, weight average, firing counters."""
+    g = dict(gradients)
+    if settings.unit_norm:
+        g["w_dec_ld"] = project_rows(g["w_dec_ld"], state.params["w_dec_ld"])
+    if settings.clip_norm is not None:
+        g = clip(g, settings.clip_norm)
+    steps_since_l = update_firing(state.steps_since_l, fired_l)
+    new = State({}, {}, {}, {}, steps_since_l, state.n_steps + 1)
     for name, value in state.params.items():
         moments = state.mean[name], state.mean_square[name]
         value, new.mean[name], new.mean_square[name] = adam(
             value, g[name], *moments, new.n_steps, settings
         )
-        new.params[name] = unit_norm_rows(value) if name == "w_dec_ld" else value
+        is_unit = settings.unit_norm and name == "w_dec_ld"
+        new.params[name] = unit_norm_rows(value) if is_unit else value
         new.ema[name] = ema_update(
             state.ema[name], new.params[name], settings.ema_decay
         )
-    fired_l = np.asarray(out.z_bl.max(axis=0) > 0)
-    steps_since_l = update_firing(state.steps_since_l, fired_l)
-    return dataclasses.replace(new, steps_since_l=steps_since_l), out
+    return new
+
+
+def fires(z_bl: Array, settings: Settings) -> NDArray:
+    """Which latents fired in any row."""
+    return np.asarray((z_bl > settings.firing_threshold).any(axis=0))
+
+
+def clip(gradients: Params, clip_norm: float) -> Params:
+    """The gradients made no longer than `clip_norm`, as one vector."""
+    norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
+    return {name: g * clip_norm / max(norm, clip_norm) for name, g in gradients.items()}
+
+
+def warm_up(n_done: int, n_steps: int) -> float:
+    """The share of the full value after `n_done` steps; no steps: at once."""
+    return min(1.0, (n_done + 1) / n_steps) if n_steps else 1.0
+
+
+def learning_rate(n_done: int, settings: Settings) -> float:
+    """Warmed up linearly and, at the run's end, lowered linearly to 0."""
+    rate = settings.learning_rate * warm_up(n_done, settings.warmup_steps)
+    if settings.decay_steps:
+        rate *= min(1.0, (settings.n_steps - n_done) / settings.decay_steps)
+    return rate
 
 
 def project_rows(g_ld: Array, w_ld: Array) -> Array:
@@ -293,7 +348,8 @@ def adam(
     mean_hat = mean / (1 - settings.b1**n_steps)
     mean_square_hat = mean_square / (1 - settings.b2**n_steps)
     change = mean_hat / (np.sqrt(mean_square_hat) + settings.eps)
-    return value - settings.learning_rate * change, mean, mean_square
+    rate = learning_rate(n_steps - 1, settings)
+    return value - rate * change, mean, mean_square
 
 
 def ema_update(ema: Array, value: Array, decay: float) -> Array:
@@ -326,3 +382,15 @@ def geometric_median(rows_bd: Array, n_iterations: int = 1000) -> Array:
         weight_b = 1 / np.maximum(distance_b, NORM_FLOOR)
         median_d = (weight_b @ rows_bd) / weight_b.sum()
     return median_d
+
+
+def encoder_rescale(params: Params, unit_bd: Array, settings: Settings) -> Array:
+    """w_enc_ld that rebuilds unit vectors about b_dec at unit length on average.
+
+    For the code at initialisation: TopK, without an encoder bias.
+    """
+    start = {name: a for name, a in params.items() if name != "b_enc_l"}
+    x_bd = params["b_dec_d"] + unit_bd
+    code = encode(start, x_bd, settings.k, settings.subtract_b_dec)
+    from_b_dec_bd = decode(start, *code) - params["b_dec_d"]
+    return params["w_enc_ld"] / np.sqrt((from_b_dec_bd**2).sum(axis=1)).mean()

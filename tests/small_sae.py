@@ -1,4 +1,4 @@
-"""TopK SAEs of a few latents on small meshes, and rows for them, shared by tests."""
+"""SAEs of a few latents on small meshes, and rows for them, shared by tests."""
 
 import functools
 
@@ -10,11 +10,13 @@ from flax import nnx
 
 from sae_jax import optim
 from sae_jax.config import (
+    CHOOSE_K,
     DataConfig,
     MeshConfig,
     OptimizerConfig,
     SaeConfig,
     TrainConfig,
+    subtracts_b_dec,
 )
 from sae_jax.firing import Counters
 from sae_jax.mesh import make_mesh
@@ -28,8 +30,11 @@ LOSS_SCALE = 1.7
 
 
 def _config(**sae) -> TrainConfig:
-    fields = {"d_model": D, "n_latents": L, "k": K, "k_aux": K_AUX}
-    fields |= {"aux_coefficient": 0.3}
+    fields = {"d_model": D, "n_latents": L}
+    if sae.get("architecture", "topk") in CHOOSE_K:
+        fields |= {"k": K, "k_aux": K_AUX, "aux_coefficient": 0.3}
+    else:
+        fields |= {"sparsity_coefficient": 0.25}  # exact in float32 too
     return TrainConfig(
         sae=SaeConfig(**(fields | sae)),
         optimizer=OptimizerConfig(learning_rate=0.01, ema_decay=0.9),
@@ -46,15 +51,27 @@ def make_setup(mesh_shape=(1, 1), normalization=Normalization(), **sae) -> Setup
     return Setup(config, normalization, mesh, "resid_post.0", "0")
 
 
-def oracle_settings(setup: Setup) -> oracle.Settings:
-    config = setup.config
+def oracle_settings(
+    setup: Setup, steps: int = 0, warmup_steps: int = 0
+) -> oracle.Settings:
+    """Of the step after `steps` others, where the penalty is warmed up."""
+    config, sae = setup.config, setup.config.sae
+    of_step = oracle.warm_up(steps, warmup_steps)
     return oracle.Settings(
-        k=config.sae.k,
-        k_aux=config.sae.k_aux,
+        k=sae.k,
+        k_aux=sae.k_aux or 0,  # the penalised architectures have none
         loss_scale=LOSS_SCALE,
-        aux_coefficient=config.sae.aux_coefficient,
-        subtract_b_dec=config.sae.subtract_b_dec,
+        aux_coefficient=sae.aux_coefficient,
+        subtract_b_dec=subtracts_b_dec(sae),
+        sparsity_coefficient=of_step * (sae.sparsity_coefficient or 0),
+        bandwidth=sae.bandwidth,
+        target_l0=sae.target_l0,
+        multi_topk=sae.multi_topk,
+        norm_weighted=sae.norm_weighted,
+        prefixes=sae.prefixes,
+        firing_threshold=sae.firing_threshold,
         dead_after_steps=DEAD_AFTER,
+        unit_norm=bool(setup.unit_norm),
         learning_rate=config.optimizer.learning_rate,
         ema_decay=config.optimizer.ema_decay,
     )
@@ -93,10 +110,16 @@ def random_dead(n_dead: int) -> np.ndarray:
     return np.random.default_rng(2).permutation(L) < n_dead
 
 
-def make_counters(dead_l: np.ndarray) -> Counters:
+def make_counters(
+    dead_l: np.ndarray, steps: int = 0, warmup_steps: int = 0
+) -> Counters:
     steps_since_l = np.where(dead_l, DEAD_AFTER, DEAD_AFTER - 1)
     return Counters(
-        jnp.int32(steps_since_l), jnp.int32(DEAD_AFTER), jnp.asarray(LOSS_SCALE)
+        jnp.int32(steps_since_l),
+        jnp.int32(DEAD_AFTER),
+        jnp.asarray(LOSS_SCALE),
+        steps=jnp.int32(steps),
+        sparsity_warmup_steps=jnp.int32(warmup_steps),
     )
 
 

@@ -1,4 +1,4 @@
-"""A small activation store with a planted dictionary, and a config that fits it."""
+"""A small activation store with a planted dictionary, and runs that fit it."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import numpy as np
 
 from sae_jax.config import DataConfig, OptimizerConfig, SaeConfig, TrainConfig
 from sae_jax.store import Manifest, Shard, StoreWriter
+from sae_jax.writers import MemoryWriter
 
 D_MODEL, N_FEATURES, CONTEXT = 16, 48, 16
 ROWS_PER_SHARD, ROWS_PER_CHUNK = 512, 64
@@ -70,3 +71,20 @@ def make_config(store: Path | str = "", **fields) -> TrainConfig:
         checkpoint_every_steps=8,
     )
     return TrainConfig(**(defaults | fields))
+
+
+class Killed(Exception):
+    """What `KillAt` ends a run with."""
+
+
+class KillAt(MemoryWriter):
+    """Ends the run when it is told the metrics of a step."""
+
+    def __init__(self, step: int):
+        super().__init__()
+        self.step = step
+
+    def write(self, step, scalars):
+        if step == self.step:
+            raise Killed
+        super().write(step, scalars)

@@ -1,34 +1,37 @@
-"""Configs: field checks, JSON round trip, derived values."""
+"""Configs: JSON round trip, overrides from the command line, derived values."""
 
 import dataclasses
+import json
+import subprocess
+import sys
 
 import pytest
 
 from sae_jax import config as configs
 from sae_jax.config import DataConfig, OptimizerConfig, SaeConfig, TrainConfig
 
+# Runs the real command once for each list of arguments, but trains nothing. In one
+# process a flag can be given to one command only.
+DRIVER = '''
+import contextlib, io, json, sys
+from sae_jax import cli, config
+from sae_jax.cli import train as command
 
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda: SaeConfig(k=65, n_latents=64), "sae.k = 65 is more than .* = 64"),
-        (lambda: SaeConfig(k=0), "sae.k = 0: must be at least 1"),
-        (lambda: SaeConfig(normalization="layernorm"), "did you mean 'layer_norm'"),
-        (lambda: SaeConfig(architecture="tpok"), "did you mean 'topk'"),
-        (lambda: DataConfig(batch_rows=10, lanes=4), "10 is not a multiple .* = 4"),
-        (lambda: OptimizerConfig(learning_rate=-1.0), "must be above 0"),
-        (lambda: OptimizerConfig(ema_decay=1.0), r"must be in \[0, 1\)"),
-        (lambda: TrainConfig(rows=5), "rows = 5 is less than one batch"),
-        (lambda: TrainConfig(rows=1e6), "rows = 1000000.0 is not of type int"),
-        (lambda: SaeConfig(k="32"), "sae.k = '32' is not of type int"),
-        (lambda: TrainConfig(sae=None), "sae = None is not of type SaeConfig"),
-        (lambda: OptimizerConfig(learning_rate=float("nan")), "must be finite"),
-        (lambda: OptimizerConfig(eps=-1.0), "optimizer.eps = -1.0: must be at least"),
-    ],
-)
-def test_bad_fields_are_refused_with_their_values(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+def show(config_of_run, workdir, profile_steps=None):
+    print(config.to_json(config.checked(config_of_run)))
+
+command.train = show
+for arguments in json.load(sys.stdin):
+    sys.argv = ["sae-jax", "train", "--workdir=run", "--config=run.py", *arguments]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        cli.main()
+    print(json.dumps(out.getvalue().rpartition("trained:")[0]))
+'''
+RUN = '''
+from sae_jax.config import SaeConfig, TrainConfig
+def get_config(): return TrainConfig(sae=SaeConfig(n_latents=128, k=4))
+'''
 
 
 def test_checked_sees_what_was_set_after_construction():
@@ -38,9 +41,49 @@ def test_checked_sees_what_was_set_after_construction():
         configs.checked(config)
 
 
-def test_json_round_trip():
-    config = TrainConfig(sae=SaeConfig(d_model=8, n_latents=32, k=2), seed=7)
-    assert configs.from_json(TrainConfig, configs.to_json(config), "x") == config
+@pytest.mark.parametrize(
+    "sae",
+    [
+        dict(d_model=8),
+        dict(prefixes=(8, 16, 32), norm_weighted=True),
+        dict(architecture="jumprelu", sparsity_coefficient=0.5, target_l0=3.0),
+    ],
+)
+def test_json_round_trip(sae):
+    sae = SaeConfig(n_latents=32, k=2, **sae)
+    config = TrainConfig(sae, OptimizerConfig(clip_norm=1.0), seed=7)
+    read = configs.from_json(TrainConfig, configs.to_json(config), "x")
+    assert read == config
+    assert hash(read) == hash(config)  # so that compiled steps are found again
+
+
+def test_fields_that_a_file_lacks_have_their_defaults():
+    assert configs.from_json(TrainConfig, '{"seed": 3}', "x") == TrainConfig(seed=3)
+
+
+def test_overrides_of_the_command_line_reach_the_run(tmp_path):
+    """Where a field of another architecture is needed, and where it is a tuple."""
+    (tmp_path / "run.py").write_text(RUN)
+    overrides = [
+        {"sae.architecture": "relu", "sae.sparsity_coefficient": "0.1"},
+        {"sae.prefixes": "(16, 64, 128)", "optimizer.clip_norm": "1"},
+    ]
+    cases = [[f"--config.{n}={v}" for n, v in case.items()] for case in overrides]
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        input=json.dumps(cases),
+        text=True,
+        capture_output=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    texts = map(json.loads, done.stdout.splitlines())
+    relu, matryoshka = (configs.from_json(TrainConfig, t, "x") for t in texts)
+    start = SaeConfig(n_latents=128, k=4)
+    change = dict(architecture="relu", sparsity_coefficient=0.1)
+    assert relu == TrainConfig(dataclasses.replace(start, **change))
+    sae = dataclasses.replace(start, prefixes=(16, 64, 128))
+    assert matryoshka == TrainConfig(sae, OptimizerConfig(clip_norm=1.0))
 
 
 @pytest.mark.parametrize(
@@ -55,6 +98,49 @@ def test_json_round_trip():
 def test_bad_json_names_file_and_field(text, message):
     with pytest.raises(ValueError, match=message):
         configs.from_json(TrainConfig, text, "x.json")
+
+
+def test_k_falls_in_stages_that_share_the_rows_evenly():
+    config = _annealing(k=3, k_start=24, k_anneal_rows=64 * 12, rows=64 * 20)
+    k_of_steps = [config.k_at(step) for step in range(config.n_steps)]
+    assert k_of_steps == [24] * 4 + [12] * 4 + [6] * 4 + [3] * 8
+
+
+@pytest.mark.parametrize("k, k_start", [(3, 4), (5, 64), (1, 2), (7, 63), (32, 64)])
+@pytest.mark.parametrize("n_anneal_steps", [1, 10, 37])
+def test_k_never_rises_and_ends_where_it_is_trained(k, k_start, n_anneal_steps):
+    config = _annealing(k, k_start, k_anneal_rows=64 * n_anneal_steps, rows=64 * 40)
+    k_of_steps = [config.k_at(step) for step in range(config.n_steps)]
+    assert k_of_steps[0] == k_start
+    assert all(a >= b for a, b in zip(k_of_steps, k_of_steps[1:]))
+    assert set(k_of_steps[n_anneal_steps:]) == {k}
+    assert k not in k_of_steps[:n_anneal_steps]
+    assert set(k_of_steps) <= {k, *(k_start >> n for n in range(7))}
+
+
+def test_k_stays_without_annealing():
+    config = TrainConfig(rows=64 * 2048, dead_after_rows=2048)
+    assert {config.k_at(step) for step in range(64)} == {32}
+
+
+def _annealing(k: int, k_start: int, k_anneal_rows: int, rows: int) -> TrainConfig:
+    return TrainConfig(
+        sae=SaeConfig(n_latents=64, k=k),
+        data=DataConfig(batch_rows=64),
+        rows=rows,
+        dead_after_rows=64,
+        k_start=k_start,
+        k_anneal_rows=k_anneal_rows,
+    )
+
+
+def test_durations_in_rows_become_whole_steps():
+    """The paper's 10 M tokens at 131,072 a step are 76 steps."""
+    paper = TrainConfig(data=DataConfig(batch_rows=131_072))
+    assert (paper.dead_after_rows, paper.dead_after_steps) == (10_000_000, 76)
+    assert paper.n_steps == 762
+    few = TrainConfig(dead_after_rows=1, sparsity_warmup_rows=0)
+    assert few.dead_after_steps == few.sparsity_warmup_steps == 1
 
 
 def test_learning_rate_follows_the_rule_unless_set():

@@ -59,6 +59,8 @@ def test_reconstruction_and_density_are_those_of_numpy(subject, store, kind):
         for part in [x[i : i + 4 * T]]
     ]
     counts_l = (code_stl.reshape(-1, L) > 0).sum(0)
+    mean = normed.mean(0)
+    centred_hat = (x_hat - shift) / scale - mean
     want = {
         "nmse": (((x_hat - shift) / scale - normed) ** 2).sum()
         / ((normed - normed.mean(0)) ** 2).sum(),
@@ -70,7 +72,9 @@ def test_reconstruction_and_density_are_those_of_numpy(subject, store, kind):
             / np.linalg.norm(x, axis=1)
             / np.linalg.norm(x_hat, axis=1)
         ).mean(),
+        "shrinkage": (centred_hat**2).sum() / (centred_hat * (normed - mean)).sum(),
         "l0": counts_l.sum() / len(x),
+        "l0_cut": 0,
         "n_dead": (counts_l == 0).sum(),
         "dead_fraction": (counts_l == 0).mean(),
     }

@@ -21,6 +21,7 @@ FLOORS = (
         "store",
         "normalize",
         "losses",
+        "scaling",
         "firing",
         "geometric_median",
         "optim",
@@ -30,8 +31,8 @@ FLOORS = (
         "text",
     ),
     ("saes", "loader", "subjects", "packing"),
-    ("state", "formats", "harvest"),
-    ("step", "checkpoint"),
+    ("state", "formats", "harvest", "diagnostics"),
+    ("step", "checkpoint", "resample"),
     ("run", "loop", "evals", "plan"),
     ("viewer", "report", "quickstart"),
     ("", "cli"),  # "" is sae_jax/__init__.py

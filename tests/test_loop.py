@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import synthetic
+from synthetic import Killed, KillAt
 
 from sae_jax import files, loop, run, writers
 from sae_jax.checkpoint import Checkpoints
@@ -18,23 +19,6 @@ from sae_jax.config import DataConfig, MeshConfig, OptimizerConfig
 from sae_jax.mesh import make_mesh
 
 ONE = MeshConfig(1, 1)
-
-
-class _Killed(Exception):
-    pass
-
-
-class _KillAt(writers.MemoryWriter):
-    """Ends the run when it is told the metrics of a step."""
-
-    def __init__(self, step):
-        super().__init__()
-        self._step = step
-
-    def write(self, step, scalars):
-        if step == self._step:
-            raise _Killed
-        super().write(step, scalars)
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +56,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 ):
     workdir, expected = undisturbed
     config = synthetic.make_config(planted_store, mesh=ONE)
-    with pytest.raises(_Killed):
-        loop.train(config, tmp_path / "run", _KillAt(step))
+    with pytest.raises(Killed):
+        loop.train(config, tmp_path / "run", KillAt(step))
     final = jax.device_get(loop.train(config, tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, final, expected)
     assert _metrics(tmp_path / "run") == _metrics(workdir)
@@ -82,8 +66,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 def test_a_run_goes_on_on_another_mesh(undisturbed, planted_store, tmp_path):
     workdir, _ = undisturbed
     config = synthetic.make_config(planted_store, mesh=ONE)
-    with pytest.raises(_Killed):
-        loop.train(config, tmp_path / "run", _KillAt(17))
+    with pytest.raises(Killed):
+        loop.train(config, tmp_path / "run", KillAt(17))
     config = synthetic.make_config(planted_store, mesh=MeshConfig(2, 4))
     loop.train(config, tmp_path / "run")
     for name in ("loss", "nmse"):
@@ -160,8 +144,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(planted_store, tmp_path):
 def test_the_last_good_checkpoint_is_named(undisturbed, planted_store, tmp_path):
     workdir = tmp_path / "run"
     config = synthetic.make_config(planted_store, mesh=ONE)
-    with pytest.raises(_Killed):
-        loop.train(config, workdir, _KillAt(12))
+    with pytest.raises(Killed):
+        loop.train(config, workdir, KillAt(12))
     checkpoints = Checkpoints(workdir)
     step = checkpoints.latest_step
     setup = checkpoints.meta(step).setup(make_mesh(ONE))
@@ -236,9 +220,9 @@ def test_kill_9_then_resume_gives_the_same_bits(shape, planted_store, tmp_path):
 def test_a_signal_stops_a_run_after_saving(
     number, undisturbed, planted_store, tmp_path
 ):
-    class Signal(_KillAt):
+    class Signal(KillAt):
         def write(self, step, scalars):
-            if step == self._step:
+            if step == self.step:
                 signal.raise_signal(number)
 
     before = signal.getsignal(number)

@@ -1,17 +1,24 @@
 """The optimizer chain, the weight average and the firing counter against the oracle."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import oracle
 import pytest
+import small_sae
 
 from sae_jax import firing, optim
-from sae_jax.config import OptimizerConfig, SaeConfig, TrainConfig
+from sae_jax.config import DataConfig, OptimizerConfig, SaeConfig, TrainConfig
 from sae_jax.geometric_median import geometric_median
+from sae_jax.mesh import batch_sharding
+from sae_jax.state import TrainState
+from sae_jax.step import make_step
 
-D, L = 12, 32
+D, L = small_sae.D, small_sae.L
+ROWS = 64  # in a step
 UNIT_NORM = ("w_dec_ld",)
 
 
@@ -30,42 +37,118 @@ def _gradients(seed: int) -> oracle.Params:
     return {name: size * rng.normal(size=a.shape) for name, a in _params().items()}
 
 
-def test_chain_is_projection_then_adam_then_unit_rows():
-    config = TrainConfig(
+SCHEDULES = {
+    "constant": {},
+    "clipped": {"clip_norm": 0.01},
+    "warmed up": {"warmup_rows": 7 * ROWS},
+    "lowered": {"decay_rows": 9 * ROWS},
+    "all": {"clip_norm": 0.01, "warmup_rows": 7 * ROWS, "decay_rows": 13 * ROWS},
+}
+
+
+def _config(**optimizer) -> TrainConfig:
+    """A run of 20 steps."""
+    adam = dict(learning_rate=0.01, b1=0.8, b2=0.95, eps=1e-5, ema_decay=0.9)
+    return TrainConfig(
         sae=SaeConfig(n_latents=L, k=4),
-        optimizer=OptimizerConfig(learning_rate=0.01, b1=0.8, b2=0.95, eps=1e-5),
+        optimizer=OptimizerConfig(**(adam | optimizer)),
+        data=DataConfig(batch_rows=ROWS, lanes=1),
+        rows=20 * ROWS,
+        dead_after_rows=ROWS,
     )
-    settings = oracle.Settings(
-        k=1, k_aux=1, learning_rate=0.01, b1=0.8, b2=0.95, eps=1e-5
+
+
+def _settings(config: TrainConfig) -> oracle.Settings:
+    optimizer = config.optimizer
+    return oracle.Settings(
+        k=1,
+        k_aux=1,
+        clip_norm=optimizer.clip_norm,
+        learning_rate=optimizer.learning_rate,
+        warmup_steps=optimizer.warmup_rows // ROWS,
+        decay_steps=optimizer.decay_rows // ROWS,
+        n_steps=20,
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        eps=optimizer.eps,
+        ema_decay=optimizer.ema_decay,
     )
-    want = _params()
-    moments = {name: (np.zeros_like(a), np.zeros_like(a)) for name, a in want.items()}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_chain_is_projection_then_clipping_then_adam_then_unit_rows(schedule):
+    config = _config(**SCHEDULES[schedule])
+    want, is_clipped = oracle.initial_state(_params()), set()
     with jax.enable_x64():
         chain = optim.build(config, UNIT_NORM)
-        params = jax.tree.map(jnp.asarray, want)
+        params = jax.tree.map(jnp.asarray, want.params)
         state = chain.init(params)
-        for n_steps in range(1, 21):
-            gradients = _gradients(n_steps)
+        for seed in range(20):
+            gradients = _gradients(seed)
             updates, state = chain.update(
                 jax.tree.map(jnp.asarray, gradients), state, params
             )
             params = optax.apply_updates(params, updates)
-            gradients["w_dec_ld"] = oracle.project_rows(
-                gradients["w_dec_ld"], want["w_dec_ld"]
-            )
-            for name, value in want.items():
-                value, *moments[name] = oracle.adam(
-                    value, gradients[name], *moments[name], n_steps, settings
-                )
-                is_unit = name in UNIT_NORM
-                want[name] = oracle.unit_norm_rows(value) if is_unit else value
-        for name in want:
-            np.testing.assert_allclose(params[name], want[name], rtol=1e-10, atol=1e-12)
+            is_clipped.add(bool(optax.tree.norm(gradients) > 0.01))
+            fired_l = np.zeros(L, bool)
+            want = oracle.update(want, gradients, fired_l, _settings(config))
+            for name, value in want.params.items():
+                np.testing.assert_allclose(params[name], value, rtol=1e-10, atol=1e-12)
+    assert is_clipped == {True, False}
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 4), (8, 1)])
+def test_a_step_clips_by_the_norm_over_all_parameters_on_all_devices(x64, mesh_shape):
+    """Batches of many sizes, as Adam does not see one factor of all its gradients."""
+    setup = small_sae.make_setup(mesh_shape)
+    optimizer = dataclasses.replace(setup.config.optimizer, clip_norm=0.5)
+    config = dataclasses.replace(setup.config, optimizer=optimizer)
+    setup = dataclasses.replace(setup, config=config)
+    settings = small_sae.oracle_settings(setup)
+    settings = dataclasses.replace(settings, clip_norm=0.5)
+    want = oracle.initial_state(small_sae.make_params())
+    params = small_sae.place(setup, want.params)
+    state = TrainState(
+        params=params,
+        ema=jax.tree.map(jnp.zeros_like, params),
+        optimizer=optim.build(config, setup.unit_norm).init(params),
+        counters=small_sae.make_counters(np.zeros(L, bool)),
+    )
+    step, norms = make_step(setup), []
+    for seed in range(6):
+        rows_bd = (1 + 3 * seed) * small_sae.make_rows(seed)
+        dead_l = np.zeros(L, bool)  # dead latents are for other tests
+        gradients = oracle.gradients(want.params, rows_bd, dead_l, settings)
+        fired_l = np.ones(L, bool)
+        want = oracle.update(want, gradients, fired_l, settings)
+        placed_bd = jax.device_put(rows_bd, batch_sharding(setup.mesh))
+        state = state._replace(counters=small_sae.make_counters(dead_l))
+        state, metrics = step(state, placed_bd)
+        norms.append(metrics["grad_norm"].item())
+        for name, value in want.params.items():
+            np.testing.assert_allclose(state.params[name], value, rtol=1e-8, atol=1e-10)
+    assert min(norms) > 2 * 0.5 and max(norms) > 4 * min(norms)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_rate_of_every_step_is_the_oracles(schedule):
+    """Rows that make no whole step count for nothing."""
+    config = _config(**SCHEDULES[schedule])
+    config.optimizer.warmup_rows += ROWS - 1
+    rates = [optim.learning_rate_at(config, step).item() for step in range(20)]
+    want = [oracle.learning_rate(step, _settings(config)) for step in range(20)]
+    np.testing.assert_allclose(rates, want, rtol=1e-6)
+    first = 0.01 / 7 if config.optimizer.warmup_rows > ROWS else 0.01
+    last = 0.01 / _settings(config).decay_steps if config.optimizer.decay_rows else 0.01
+    assert (rates[0], rates[-1]) == pytest.approx((first, last), rel=1e-6)
+    if schedule in ("constant", "clipped"):
+        assert len(set(rates)) == 1
 
 
 def test_defaults_are_the_papers():
     """2e-4 / sqrt(L / 2^14), betas (0.9, 0.999), eps 6.25e-10."""
     config = TrainConfig(sae=SaeConfig(n_latents=2**12, k=4))
+    assert (config.optimizer.b1, config.optimizer.b2) == (0.9, 0.999)
     with jax.enable_x64():
         chain = optim.build(config, ())
         # A gradient of the size of eps shows eps; one far above it, the rate.

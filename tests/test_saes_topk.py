@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from compare import check_code
 from small_sae import (
     B,
     D,
@@ -28,12 +29,6 @@ from sae_jax.saes import TopKSae
 every_mesh = pytest.mark.parametrize("mesh_shape", MESHES)
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64():
-        yield
-
-
 @pytest.mark.parametrize(
     ("mesh_shape", "subtract_b_dec"), [*((m, True) for m in MESHES), ((2, 4), False)]
 )
@@ -45,7 +40,7 @@ def test_encode_and_decode_are_the_oracles(x64, mesh_shape, subtract_b_dec):
     normed_bd, shift_b1, scale_b1 = oracle.normalize("layer_norm", acts_bd)
     pre_bl = oracle.pre_activations(params, normed_bd, subtract_b_dec)
     code = sae.encode(jnp.asarray(acts_bd))
-    _check_code(code, pre_bl, K, rtol=1e-12)
+    check_code(code, pre_bl, K, rtol=1e-12)
     np.testing.assert_allclose(code.shift, shift_b1, rtol=1e-12)
     np.testing.assert_allclose(code.scale, scale_b1, rtol=1e-12)
     z_bl = oracle.chosen_values(pre_bl, oracle.choose(pre_bl, K))
@@ -82,7 +77,7 @@ def test_ties_go_to_the_oracles_latents(mesh_shape, k):
     assert n_tied > B / 2 and ((pre_bl > 0).sum(1) < L).all()
     sae = setup.sae(place(setup, params, np.float32))
     code = sae.encode(jnp.float32(rows_bd))
-    _check_code(code, pre_bl, k)
+    check_code(code, pre_bl, k)
     z_bl = oracle.chosen_values(pre_bl, oracle.choose(pre_bl, k))
     np.testing.assert_array_equal(sae.encode_dense(jnp.float32(rows_bd)), z_bl)
     want_bd = z_bl @ params["w_dec_ld"] + params["b_dec_d"]
@@ -99,7 +94,7 @@ def test_rows_with_fewer_than_k_positive_values_leave_slots_unused(mesh_shape):
     assert (n_positive_b < K).all() and 0 in n_positive_b and n_positive_b.any()
     sae = setup.sae(place(setup, params, np.float32))
     code = sae.encode(jnp.float32(rows_bd))
-    _check_code(code, pre_bl, K)
+    check_code(code, pre_bl, K)
     np.testing.assert_array_equal((code.values > 0).sum(1), n_positive_b)
     for silent_d in np.asarray(sae.decode(code))[n_positive_b == 0]:
         np.testing.assert_array_equal(silent_d, params["b_dec_d"])
@@ -166,18 +161,3 @@ def test_parameters_are_born_in_place_with_parallel_unit_rows(mesh_shape):
         (sae.b_dec_d[...], (D,)),
     ):
         assert array.sharding.shard_shape(array.shape) == shape
-
-
-def _check_code(code, pre_bl: oracle.Array, k: int, rtol: float = 0) -> None:
-    """The contract of a code: falling, at most K, distinct, in range; the winners."""
-    values_bk, indices_bk = np.asarray(code.values), np.asarray(code.indices)
-    assert values_bk.shape == indices_bk.shape == (len(pre_bl), k)
-    assert indices_bk.dtype == np.int32
-    assert (values_bk >= 0).all() and (np.diff(values_bk) <= 0).all()
-    assert (0 <= indices_bk).all() and (indices_bk < L).all()
-    assert all(len(set(indices_k)) == k for indices_k in indices_bk)
-    want_bk = np.array(oracle.choose(pre_bl, k))
-    want_values_bk = np.maximum(np.take_along_axis(pre_bl, want_bk, 1), 0)
-    np.testing.assert_allclose(values_bk, want_values_bk, rtol=rtol, atol=rtol)
-    is_used_bk = want_values_bk > 0
-    np.testing.assert_array_equal(indices_bk[is_used_bk], want_bk[is_used_bk])

@@ -1,14 +1,14 @@
 """Losses, gradients and runs of the TopK SAE on every mesh against the oracle."""
 
 import dataclasses
-import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from collectives import collectives
+from compare import check_loss, differentiate
 from small_sae import (
     B,
     D,
@@ -30,16 +30,10 @@ from small_sae import (
 from sae_jax import firing, optim
 from sae_jax.mesh import batch_sharding
 from sae_jax.normalize import Normalization
-from sae_jax.state import Setup, TrainState
+from sae_jax.state import TrainState
 from sae_jax.step import make_step
 
 every_mesh = pytest.mark.parametrize("mesh_shape", MESHES)
-
-
-@pytest.fixture
-def x64():
-    with jax.enable_x64():
-        yield
 
 
 @every_mesh
@@ -51,20 +45,20 @@ def x64():
 def test_loss_and_gradients_are_the_oracles(x64, mesh_shape, sae):
     setup = make_setup(mesh_shape, **sae)
     params = make_params(use_b_enc=setup.config.sae.use_b_enc)
-    _check_loss(setup, params, make_rows(), random_dead(12))
+    check_loss(setup, params, make_rows(), random_dead(12))
 
 
 @pytest.mark.parametrize("n_dead", [0, 1, K_AUX - 3, L])
 def test_any_number_of_dead_latents(x64, n_dead):
     """None, fewer than k_aux, and all."""
-    _check_loss(make_setup((2, 4)), make_params(), make_rows(), random_dead(n_dead))
+    check_loss(make_setup((2, 4)), make_params(), make_rows(), random_dead(n_dead))
 
 
 def test_loss_and_gradients_in_float32():
     setup = make_setup((2, 4))
     params = {name: np.float64(np.float32(a)) for name, a in make_params().items()}
     rows_bd = np.float64(np.float32(make_rows()))
-    _check_loss(setup, params, rows_bd, random_dead(12), np.float32, rtol=2e-5)
+    check_loss(setup, params, rows_bd, random_dead(12), np.float32, rtol=2e-5)
 
 
 @every_mesh
@@ -80,14 +74,16 @@ def test_loss_and_gradients_with_ties_for_the_last_place(mesh_shape, last):
         assert (is_tied_b & (falling_bl[:, K] > 0)).sum() > B / 4
     else:
         assert (falling_bl[:, :K] == 0).any()
-    _check_loss(
+    check_loss(
         make_setup(mesh_shape), params, rows_bd, random_dead(12), np.float32, rtol=1e-5
     )
 
 
 def test_bfloat16_matmuls_stay_near_the_oracle_with_float32_gradients():
     setup, params = make_setup((2, 4), compute_dtype="bfloat16"), make_params()
-    loss, _, gradients = _loss(setup, params, make_rows(), random_dead(12), np.float32)
+    loss, _, gradients = differentiate(
+        setup, params, make_rows(), random_dead(12), np.float32
+    )
     want = oracle.forward(params, make_rows(), random_dead(12), oracle_settings(setup))
     assert loss.dtype == jnp.float32
     assert float(loss) == pytest.approx(want.total, rel=0.02)
@@ -104,7 +100,7 @@ def test_bfloat16_matmuls_stay_near_the_oracle_with_float32_gradients():
 def test_one_row_per_device(x64, mesh_shape):
     """The residual's mean in AuxK is over the whole batch, not a device's rows."""
     rows_bd = make_rows(n_rows=mesh_shape[0])
-    _check_loss(make_setup(mesh_shape), make_params(), rows_bd, random_dead(12))
+    check_loss(make_setup(mesh_shape), make_params(), rows_bd, random_dead(12))
 
 
 def test_the_loss_of_rows_is_measured_in_the_normalised_space(x64):
@@ -114,7 +110,7 @@ def test_the_loss_of_rows_is_measured_in_the_normalised_space(x64):
     want = oracle.forward(
         make_params(), normed_bd, random_dead(12), oracle_settings(setup)
     )
-    loss, *_ = _loss(setup, make_params(), acts_bd, random_dead(12))
+    loss, *_ = differentiate(setup, make_params(), acts_bd, random_dead(12))
     assert float(loss) == pytest.approx(want.total, rel=1e-10)
 
 
@@ -124,7 +120,7 @@ def test_the_loss_of_rows_is_measured_in_the_normalised_space(x64):
 def test_auxk_trains_dead_latents_alone(x64, mesh_shape, subtract_b_dec):
     setup = make_setup(mesh_shape, subtract_b_dec=subtract_b_dec)
     params, rows_bd, dead_l = make_params(), make_rows(), random_dead(12)
-    *_, gradients = _loss(setup, params, rows_bd, dead_l, of="aux_loss")
+    *_, gradients = differentiate(setup, params, rows_bd, dead_l, of="aux_loss")
     for name in ("w_enc_ld", "w_dec_ld", "b_enc_l"):
         live = np.asarray(gradients[name])[~dead_l]
         np.testing.assert_array_equal(live, 0, err_msg=name)
@@ -143,7 +139,7 @@ def test_auxk_trains_dead_latents_alone(x64, mesh_shape, subtract_b_dec):
 
 def test_auxk_is_exactly_nothing_when_no_latent_is_dead():
     setup, dead_l = make_setup((2, 4)), random_dead(0)
-    _, aux, gradients = _loss(
+    _, aux, gradients = differentiate(
         setup, make_params(), make_rows(), dead_l, np.float32, of="aux_loss"
     )
     assert aux["metrics"]["aux_loss"] == 0
@@ -156,7 +152,9 @@ def test_a_perfect_reconstruction_gives_finite_gradients():
     setup = make_setup((2, 4))
     params = make_params() | {"w_enc_ld": np.zeros((L, D)), "b_enc_l": np.zeros(L)}
     rows_bd = np.tile(np.float32(params["b_dec_d"]), (B, 1))
-    loss, aux, gradients = _loss(setup, params, rows_bd, random_dead(L), np.float32)
+    loss, aux, gradients = differentiate(
+        setup, params, rows_bd, random_dead(L), np.float32
+    )
     assert loss == 0 and aux["metrics"]["aux_loss"] == 0
     for value in gradients.values():
         np.testing.assert_array_equal(value, 0)
@@ -185,29 +183,12 @@ def test_a_step_on_latent_shards_moves_candidates_and_reconstructions_only():
         )
         .compile()
     )
-    moved = _collectives(compiled.as_text())
+    moved = collectives(compiled)
     gathers = sorted(size for kind, size in moved if kind == "all-gather")
     assert gathers == [B * 8 * K, B * 8 * K_AUX]
     n_reduced = sum(size for kind, size in moved if kind == "all-reduce")
     assert 2 * B * D <= n_reduced <= 2 * B * D + 2 * D + 16
     assert {kind for kind, _ in moved} == {"all-gather", "all-reduce"}
-
-
-def _collectives(hlo: str) -> list[tuple[str, int]]:
-    """(kind, elements of its result) of each collective among two devices or more."""
-    found = []
-    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    # Groups of one device each, as jax 0.10 writes them and as 0.12 does, by axes.
-    alone = r"replica_groups=(\{\{\d+\}|\[\d+,1\]|mesh\['data'=1,.*?\] \{'data'\})"
-    for line in hlo.splitlines():
-        match = re.search(rf"= (.*?) ({kinds})(?:-start)?\(", line)
-        if not match or re.search(alone, line):
-            continue
-        result, kind = match.groups()
-        shapes = re.findall(r"\w+\[([\d,]*)\]", result)
-        sizes = [np.prod([int(n) for n in s.split(",") if n]) for s in shapes]
-        found.append((kind, int(sum(sizes))))
-    return found
 
 
 @every_mesh
@@ -244,46 +225,3 @@ def test_a_run_of_100_steps_is_the_oracles(x64, mesh_shape):
         np.testing.assert_allclose(read[name], ema, rtol=1e-7, atol=1e-9)
     rows_norm_l = np.linalg.norm(state.params["w_dec_ld"], axis=1)
     np.testing.assert_allclose(rows_norm_l, 1, rtol=1e-12)
-
-
-def _loss(setup: Setup, params, rows_bd, dead_l, dtype=None, of="loss"):
-    """The loss, what comes beside it, and the gradients of the loss or of a metric."""
-    rows_bd = jax.device_put(np.asarray(rows_bd, dtype), batch_sharding(setup.mesh))
-    gradients, (loss, aux) = _differentiate(setup, of)(
-        place(setup, params, dtype), rows_bd, make_counters(dead_l)
-    )
-    return loss, aux, gradients
-
-
-@functools.cache
-def _differentiate(setup: Setup, of: str):
-    """Compiled once for all tests with the same SAE on the same mesh."""
-
-    @jax.jit
-    @functools.partial(jax.grad, has_aux=True)
-    def differentiate(params, rows_bd, counters):
-        loss, aux = setup.sae(params).loss((rows_bd, rows_bd), counters)
-        return (loss if of == "loss" else aux["metrics"][of]), (loss, aux)
-
-    return differentiate
-
-
-def _check_loss(setup, params, rows_bd, dead_l, dtype=None, rtol=1e-10):
-    loss, aux, gradients = _loss(setup, params, rows_bd, dead_l, dtype)
-    settings = oracle_settings(setup)
-    want = oracle.forward(params, rows_bd, dead_l, settings)
-    metrics = aux["metrics"]
-    np.testing.assert_allclose(loss, want.total, rtol=rtol)
-    np.testing.assert_allclose(metrics["loss"], want.total, rtol=rtol)
-    np.testing.assert_allclose(metrics["nmse"], want.main, rtol=rtol)
-    np.testing.assert_allclose(metrics["aux_loss"], want.aux, rtol=rtol)
-    np.testing.assert_allclose(metrics["l0"], (want.z_bl > 0).sum(1).mean(), rtol=1e-6)
-    np.testing.assert_array_equal(metrics["n_dead"], dead_l.sum())
-    np.testing.assert_array_equal(aux["fired_l"], (want.z_bl > 0).any(0))
-    want_gradients = oracle.gradients(params, rows_bd, dead_l, settings)
-    assert gradients.keys() == want_gradients.keys()
-    for name, value in gradients.items():
-        size = np.abs(want_gradients[name]).max()
-        np.testing.assert_allclose(
-            value, want_gradients[name], rtol=rtol, atol=rtol * size, err_msg=name
-        )

@@ -54,7 +54,7 @@ def test_choose_takes_no_more_than_there_are():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", KS)
 def test_the_choice_over_latent_shards_is_the_oracles(mesh_shape, kind, k):
-    """`keep_global` marks exactly the winners; `merge_codes` lists them in order."""
+    """`rank_global` finds exactly the winners; `merge_codes` lists them in order."""
     mesh = make_mesh(MeshConfig(*mesh_shape))
     kept_bl, values_bk, indices_bk = _choose_over_shards(k, mesh)(_pre(kind))
     want_bk = np.array(oracle.choose(_pre(kind), k))
@@ -72,7 +72,7 @@ def _choose_over_shards(k: int, mesh: jax.sharding.Mesh):
 
     def on_shard(pre_bl):
         values_bk, indices_bk = topk.choose(pre_bl, k)
-        keep_bk = topk.keep_global(values_bk, k, LATENT)
+        keep_bk = topk.rank_global(values_bk, k, LATENT) < k
         rows_b1 = jnp.arange(len(pre_bl))[:, None]
         kept_bl = jnp.zeros(pre_bl.shape, bool).at[rows_b1, indices_bk].set(keep_bk)
         return kept_bl, *topk.merge_codes(values_bk, indices_bk, k, n_own, LATENT)

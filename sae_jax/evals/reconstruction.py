@@ -8,7 +8,12 @@ Over held-out rows x, their mean m and reconstructions x̂:
     fvu_batch       mean over batches of sum |x̂ - x|^2 / sum |x - batch mean|^2, in
                     activation space
     cosine          mean of x̂·x / |x̂||x|, in activation space
-    l0              mean number of latents above 0
+    shrinkage       γ = E|x̂ - m|^2 / E (x̂ - m)·(x - m), in the SAE's space: below 1
+                    where reconstructions are too short (Rajamanoharan et al. 2024,
+                    arXiv:2404.16014, there without m, which hides the effect);
+                    left out where x̂ does not follow x at all
+    l0              mean number of latents above 0 in a code
+    l0_cut          mean number above 0 that a code has no room for (`sae.max_active`)
 
 Source: Gao et al. 2024 (arXiv:2406.04093), section 2.1, for nmse; its released code
 for mse_over_power; SAE libraries for fvu_batch.
@@ -16,9 +21,13 @@ for mse_over_power; SAE libraries for fvu_batch.
 
 import numpy as np
 
+import math
+
 from sae_jax.evals.context import Context, EvaluateConfig
 from sae_jax.evals.figures import Array, Figure, make_figure, mean_figure, ratio_figure
-from sae_jax.evals.rows import measure_rows
+from sae_jax.evals.rows import RowMeasures, measure_rows
+
+_LEAST_CORRELATION = 1e-4  # below it, rounding decides the quotient
 
 
 def compute(context: Context, config: EvaluateConfig) -> dict[str, Figure]:
@@ -31,8 +40,17 @@ def compute(context: Context, config: EvaluateConfig) -> dict[str, Figure]:
         "mse_over_power": _mean_quotient(rows.error_raw_st, rows.power_raw_st),
         "fvu_batch": fvu,
         "cosine": mean_figure(rows.cosine_st, "rows"),
+        **_shrinkage(rows),
         "l0": mean_figure(rows.l0_st, "rows"),
+        "l0_cut": mean_figure(rows.n_cut_st, "rows"),
     }
+
+
+def _shrinkage(rows: RowMeasures) -> dict[str, Figure]:
+    most = math.sqrt(rows.recon_variation_st.sum() * rows.variation_st.sum())
+    if abs(rows.covariation_st.sum()) <= _LEAST_CORRELATION * most:
+        return {}
+    return {"shrinkage": _ratio(rows.recon_variation_st, rows.covariation_st)}
 
 
 def _ratio(numerator_st: Array, denominator_st: Array) -> Figure:

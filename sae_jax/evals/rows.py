@@ -32,8 +32,10 @@ class RowMeasures:
 
     Squares are summed over D: `error` is |x̂ - x|^2, `variation` is |x - mean of the
     data|^2, both in the SAE's space, or with `_raw` in activation space; `power_raw`
-    is |x|^2. `cosine` is 0 where x or x̂ is 0. `fvu_n` has one entry a batch. A latent
-    fires where its value is above 0.
+    is |x|^2. `recon_variation` is |x̂ - m|^2 and `covariation` (x̂ - m)·(x - m) about
+    the mean m of the data, in the SAE's space. `cosine` is 0 where x or x̂ is 0.
+    `n_cut` counts active latents that the code has no room for. `fvu_n` has one entry
+    a batch. A latent fires where its value is above 0.
     """
 
     error_st: Array
@@ -41,8 +43,11 @@ class RowMeasures:
     error_raw_st: Array
     variation_raw_st: Array
     power_raw_st: Array
+    recon_variation_st: Array
+    covariation_st: Array
     cosine_st: Array
     l0_st: Array
+    n_cut_st: Array
     fvu_n: Array
     counts_l: NDArray[np.int64]
 
@@ -118,7 +123,9 @@ def _measure_batch(
     raw_bd = rows_bd.astype(jnp.float32)
     code = sae.encode(raw_bd)
     recon_bd = sae.decode(code)
-    normed_bd, _, scale_b1 = sae.normalize(raw_bd)
+    normed_bd, shift_b1, scale_b1 = sae.normalize(raw_bd)
+    centred_bd = normed_bd - mean_d
+    recon_centred_bd = (recon_bd - shift_b1) / scale_b1 - mean_d
     fired_bk = (code.values > 0) & mask_b[:, None]
     error_raw_b = _sum_squares(recon_bd - raw_bd)
     power_raw_b = _sum_squares(raw_bd)
@@ -127,12 +134,15 @@ def _measure_batch(
     variation_b = _sum_squares(raw_bd - batch_mean_d)
     return {
         "error": _sum_squares((recon_bd - raw_bd) / scale_b1),
-        "variation": _sum_squares(normed_bd - mean_d),
+        "variation": _sum_squares(centred_bd),
+        "recon_variation": _sum_squares(recon_centred_bd),
+        "covariation": jnp.sum(recon_centred_bd * centred_bd, axis=1),
         "error_raw": error_raw_b,
         "variation_raw": _sum_squares(raw_bd - mean_raw_d),
         "power_raw": power_raw_b,
         "cosine": jnp.sum(recon_bd * raw_bd, axis=1) / jnp.where(norms_b, norms_b, 1),
         "l0": jnp.sum(fired_bk, axis=1),
+        "n_cut": code.n_cut[:, 0],
         "fvu": jnp.sum(error_raw_b, where=mask_b, keepdims=True)
         / jnp.sum(variation_b, where=mask_b),
     }, counts_l.at[code.indices].add(fired_bk.astype(jnp.int32))

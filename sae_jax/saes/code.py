@@ -17,12 +17,15 @@ class SparseCode:
         indices: [..., K] int32, the latents, distinct and in range in every slot.
         shift: [..., 1] and
         scale: [..., 1]: the row's normalisation, which `decode` undoes.
+        n_cut: [..., 1] int32, active latents beyond the K strongest, which are not in
+            the code. Always 0 for TopK; elsewhere raise `sae.max_active` if it is not.
     """
 
     values: jax.Array
     indices: jax.Array
     shift: jax.Array
     scale: jax.Array
+    n_cut: jax.Array
 
     def to_dense(self, n_latents: int) -> jax.Array:
         """The same code as [..., L]."""

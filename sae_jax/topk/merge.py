@@ -12,26 +12,43 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sae_jax.topk.exact import choose
 
-def keep_global(values_bk: jax.Array, k: int, axis: str) -> jax.Array:
-    """Which of this shard's candidates [B, k_in] are among the K best of all shards.
 
-    No gradient passes: the choice is discrete, and the values that were chosen keep
-    their own path.
+def choose_own(
+    pre_bl: jax.Array, k: int, axis: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """This shard's own latents among the K best of all shards.
+
+    Returns:
+        Values [B, k_in], ReLU applied, 0 where not chosen; columns; and ranks among
+        all shards, so that a smaller K can be read from the same choice.
+    """
+    values_bk, indices_bk = choose(pre_bl, k)
+    ranks_bk = rank_global(values_bk, k, axis)
+    return jnp.where(ranks_bk < k, jax.nn.relu(values_bk), 0), indices_bk, ranks_bk
+
+
+def rank_global(values_bk: jax.Array, k: int, axis: str) -> jax.Array:
+    """The place, from 0, of each candidate [B, k_in] among those of all shards.
+
+    K where it is not among the K best. No gradient passes: the choice is discrete, and
+    the values that were chosen keep their own path.
     """
     n_rows, k_in = values_bk.shape
     gathered = lax.all_gather(
         lax.stop_gradient(values_bk), axis, axis=1, tiled=True
     )
-    _, winners_bk = lax.top_k(gathered, min(k, gathered.shape[1]))
+    k_all = min(k, gathered.shape[1])
+    _, winners_bk = lax.top_k(gathered, k_all)
     own_bk = winners_bk - lax.axis_index(axis) * k_in
     is_own_bk = (own_bk >= 0) & (own_bk < k_in)
     rows_b1 = jnp.arange(n_rows)[:, None]
     # Winners of other shards are sent to the column past the end, and dropped there.
     return (
-        jnp.zeros((n_rows, k_in), bool)
+        jnp.full((n_rows, k_in), k, jnp.int32)
         .at[rows_b1, jnp.where(is_own_bk, own_bk, k_in)]
-        .set(True, mode="drop")
+        .set(jnp.arange(k_all, dtype=jnp.int32), mode="drop")
     )
 
 

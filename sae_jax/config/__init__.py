@@ -1,0 +1,57 @@
+"""Every setting of a run, typed, with its default and its check.
+
+A config is a tree of dataclasses. ``experiments/*.py`` return one from
+``get_config()``, the command line overrides fields by their dotted names, and the
+run folder keeps the result as ``config.json``. Field checks are in ``__post_init__``;
+because an override is set after construction, `checked` runs them again. Checks that
+need the mesh or the store are in `sae_jax.step.validate`.
+
+A field that is ``None`` is derived; its comment says from what. What lasts is given in
+rows, so that it does not move with the batch size.
+"""
+
+from sae_jax.config.fields import (
+    checked,
+    field_names,
+    from_json,
+    nearest_name,
+    to_json,
+)
+from sae_jax.config.sae import (
+    ARCHITECTURES,
+    CHOOSE_K,
+    COMPUTE_DTYPES,
+    NORMALIZATIONS,
+    SaeConfig,
+    k_aux,
+    max_active,
+    subtracts_b_dec,
+)
+from sae_jax.config.train import (
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+    learning_rate,
+)
+
+__all__ = [
+    "ARCHITECTURES",
+    "CHOOSE_K",
+    "COMPUTE_DTYPES",
+    "NORMALIZATIONS",
+    "DataConfig",
+    "MeshConfig",
+    "OptimizerConfig",
+    "SaeConfig",
+    "TrainConfig",
+    "checked",
+    "field_names",
+    "from_json",
+    "k_aux",
+    "learning_rate",
+    "max_active",
+    "nearest_name",
+    "subtracts_b_dec",
+    "to_json",
+]

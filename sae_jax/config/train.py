@@ -1,0 +1,221 @@
+"""One training run: its SAE, optimizer, data, mesh and schedules."""
+
+import dataclasses
+import math
+
+from sae_jax.config.fields import check_at_least, check_types
+from sae_jax.config.sae import CHOOSE_K, SaeConfig
+
+_CAN_RESAMPLE = ("relu", "prolu", "gated")
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class OptimizerConfig:
+    """Adam as the paper sets it (Gao et al. 2024, appendix A), and weight averaging."""
+
+    learning_rate: float | None = None  # 2e-4 / sqrt(n_latents / 2**14)
+    warmup_rows: int = 0  # the rate rises to its value over the first rows
+    decay_rows: int = 0  # and falls to zero over the last
+    clip_norm: float | None = None  # the largest norm of the whole gradient
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 6.25e-10
+    ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        check_types(self, "optimizer.")
+        if self.learning_rate is not None and self.learning_rate <= 0:
+            raise ValueError(
+                f"optimizer.learning_rate = {self.learning_rate}: must be above 0"
+            )
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"optimizer.clip_norm = {self.clip_norm}: must be above 0")
+        for name in ("eps", "warmup_rows", "decay_rows"):
+            check_at_least(f"optimizer.{name}", getattr(self, name), 0)
+        for name in ("b1", "b2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"optimizer.{name} = {getattr(self, name)}: must be in [0, 1)"
+                )
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class DataConfig:
+    """Which rows, and in what order.
+
+    A batch is woven from `lanes` streams of rows; each stream mixes `window_chunks`
+    chunks at a time (see `sae_jax.loader`).
+    """
+
+    store: str = ""
+    site: str | None = None  # the store's only site
+    batch_rows: int = 2048
+    lanes: int = 8
+    window_chunks: int = 8
+
+    def __post_init__(self) -> None:
+        check_types(self, "data.")
+        for name in ("batch_rows", "lanes", "window_chunks"):
+            check_at_least(f"data.{name}", getattr(self, name), 1)
+        if self.batch_rows % self.lanes:
+            raise ValueError(
+                f"data.batch_rows = {self.batch_rows} is not a multiple of "
+                f"data.lanes = {self.lanes}: every lane gives the same number of rows"
+            )
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class MeshConfig:
+    """How many devices share the batch (`data`) and the latents (`latent`)."""
+
+    data: int = 1
+    latent: int | None = None  # all devices that are left
+
+    def __post_init__(self) -> None:
+        check_types(self, "mesh.")
+        check_at_least("mesh.data", self.data, 1)
+        if self.latent is not None:
+            check_at_least("mesh.latent", self.latent, 1)
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class TrainConfig:
+    """One training run."""
+
+    sae: SaeConfig = dataclasses.field(default_factory=SaeConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    rows: int = 100_000_000
+    dead_after_rows: int = 10_000_000  # the paper's
+    k_start: int | None = None  # begin with more than sae.k latents, and halve
+    k_anneal_rows: int = 0  # over which K comes down to sae.k
+    sparsity_warmup_rows: int = 0  # over which the penalty rises to its coefficient
+    resample_every_rows: int | None = None  # give dead latents a new start
+    n_resamples: int = 4  # so many times
+    seed: int = 0
+    log_every_steps: int = 20
+    checkpoint_every_steps: int = 500
+    checkpoints_kept: int = 2
+
+    def __post_init__(self) -> None:
+        check_types(self, "")
+        for name in (
+            "rows",
+            "dead_after_rows",
+            "log_every_steps",
+            "checkpoint_every_steps",
+            "checkpoints_kept",
+        ):
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("seed", self.seed, 0)
+        for name in ("k_anneal_rows", "sparsity_warmup_rows", "n_resamples"):
+            check_at_least(name, getattr(self, name), 0)
+        if self.rows < self.data.batch_rows:
+            raise ValueError(
+                f"rows = {self.rows} is less than one batch "
+                f"(data.batch_rows = {self.data.batch_rows})"
+            )
+        _check_durations(self)
+        if self.sae.architecture in CHOOSE_K:
+            _check_aux_can_act(self)
+        _check_annealing(self)
+        _check_resampling(self)
+
+    @property
+    def n_steps(self) -> int:
+        return self.rows // self.data.batch_rows
+
+    @property
+    def dead_after_steps(self) -> int:
+        return max(1, self.steps(self.dead_after_rows))
+
+    @property
+    def sparsity_warmup_steps(self) -> int:
+        return max(1, self.steps(self.sparsity_warmup_rows))
+
+    def k_at(self, step: int) -> int:
+        """K in a step, the first being 0: k_start, then halves of it, then sae.k.
+
+        Each K is compiled once; the halves above sae.k share k_anneal_rows evenly.
+        """
+        stages: list[int] = []
+        while self.k_start is not None and self.k_start >> len(stages) > self.sae.k:
+            stages.append(self.k_start >> len(stages))
+        done = step / max(1, self.steps(self.k_anneal_rows))
+        return [*stages, self.sae.k][min(int(done * len(stages)), len(stages))]
+
+    def steps(self, rows: int) -> int:
+        """How many whole steps these rows are."""
+        return rows // self.data.batch_rows
+
+
+def learning_rate(config: TrainConfig) -> float:
+    """The set learning rate, or the paper's rule 2e-4 / sqrt(L / 2**14)."""
+    if config.optimizer.learning_rate is not None:
+        return config.optimizer.learning_rate
+    return 2e-4 / math.sqrt(config.sae.n_latents / 2**14)
+
+
+def _check_durations(config: TrainConfig) -> None:
+    optimizer = config.optimizer
+    if optimizer.warmup_rows + optimizer.decay_rows > config.rows:
+        raise ValueError(
+            f"optimizer.warmup_rows = {optimizer.warmup_rows} and decay_rows = "
+            f"{optimizer.decay_rows} are together more than rows = {config.rows}"
+        )
+    if config.sparsity_warmup_rows and config.sae.architecture in CHOOSE_K:
+        raise ValueError(
+            f"sparsity_warmup_rows = {config.sparsity_warmup_rows}, but "
+            f"{config.sae.architecture} has no penalty to warm up: leave it out"
+        )
+
+
+def _check_aux_can_act(config: TrainConfig) -> None:
+    if config.sae.aux_coefficient and config.dead_after_steps >= config.n_steps:
+        raise ValueError(
+            f"AuxK trains dead latents, but with dead_after_rows = "
+            f"{config.dead_after_rows} none can be dead before the end of rows = "
+            f"{config.rows}: lower dead_after_rows, or set sae.aux_coefficient to 0"
+        )
+
+
+def _check_annealing(config: TrainConfig) -> None:
+    k_start, sae = config.k_start, config.sae
+    if k_start is None and not config.k_anneal_rows:
+        return
+    if sae.architecture not in CHOOSE_K:
+        raise ValueError(
+            f"k_start = {k_start} and k_anneal_rows = {config.k_anneal_rows} mean "
+            f"nothing for {sae.architecture}: it chooses no K; leave them out"
+        )
+    if k_start is None or not 0 < config.k_anneal_rows <= config.rows:
+        raise ValueError(
+            f"k_start = {k_start} and k_anneal_rows = {config.k_anneal_rows}: give "
+            f"both, and at most rows = {config.rows} to anneal over"
+        )
+    most = sae.n_latents // 4 if sae.multi_topk else sae.n_latents
+    if not sae.k < k_start <= most:
+        raise ValueError(
+            f"k_start = {k_start}: must be above sae.k = {sae.k} and at most {most}, "
+            "the latents that can be chosen"
+        )
+
+
+def _check_resampling(config: TrainConfig) -> None:
+    every = config.resample_every_rows
+    if every is None:
+        return
+    if config.sae.architecture not in _CAN_RESAMPLE:
+        raise ValueError(
+            f"resample_every_rows = {every}: only {', '.join(_CAN_RESAMPLE)} are "
+            f"resampled, not {config.sae.architecture}; leave it out"
+        )
+    least = max(config.dead_after_rows, config.data.batch_rows)
+    if not least <= every <= config.rows:
+        raise ValueError(
+            f"resample_every_rows = {every}: must be at least dead_after_rows = "
+            f"{config.dead_after_rows}, so that latents can be dead by then, and "
+            f"data.batch_rows = {config.data.batch_rows}, and at most rows = "
+            f"{config.rows}"
+        )

@@ -1,0 +1,131 @@
+"""The BatchTopK SAE (Bussmann et al. 2024, arXiv:2412.06410).
+
+    pre = h + b_enc
+    z   = ReLU(pre) where it is among the K B largest of the whole batch, else 0
+    L   = nmse + aux_coefficient * AuxK                 AuxK: `sae_jax.saes.auxk`
+
+Rows share K B latents as they need them; K is their mean. The least value that is kept,
+over all rows and latent shards, is found by counting alone (`topk.threshold`): no
+pre-activations move. Values that tie with it are all kept.
+
+A row met alone has no batch, so `encode` keeps what reaches a running average of that
+least value, the parameter `threshold`: the first step's, then a tenth of each. It
+gets no gradient. Decoder rows have unit norm; `prefixes` makes it a Matryoshka SAE
+(`sae_jax.saes.matryoshka`).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from sae_jax import losses, topk
+from sae_jax.config import SaeConfig
+from sae_jax.firing import Counters
+from sae_jax.mesh import DATA, LATENT
+from sae_jax.saes import auxk, matryoshka
+from sae_jax.saes.base import (
+    LATENTS,
+    ROWS,
+    Batch,
+    Sae,
+    Weights,
+    new_bias,
+    new_param,
+)
+
+_THRESHOLD_RATE = 0.1
+
+
+class BatchTopKSae(Sae):
+    """K latents a row on average over a batch."""
+
+    def __init__(self, config: SaeConfig, *place: Any):
+        super().__init__(config, *place)
+        if config.use_b_enc:
+            self.b_enc_l = new_bias(self.w_enc_ld)
+        self.threshold = new_param("threshold", jnp.zeros((), self.b_dec_d.dtype))
+
+    @staticmethod
+    def unit_norm(config: SaeConfig) -> tuple[str, ...]:
+        return ("w_dec_ld",)
+
+    def activate(self, h_bl: jax.Array, weights: Weights) -> jax.Array:
+        z_bl = nnx.relu(h_bl + weights.get("b_enc_l", 0))
+        return jnp.where(z_bl >= weights["threshold"], z_bl, 0)
+
+    def loss(
+        self, batch: Batch, counters: Counters
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        normed_bd, targets_bd = self.normalize_batch(batch)
+        recons, fired_l, l0, least = self._autoencode(normed_bd, counters.is_dead_l)
+        nmse = counters.loss_scale * losses.mean_square_error(
+            recons["recon_bd"], targets_bd
+        )
+        loss, metrics = nmse, {"nmse": nmse}
+        if self.config.prefixes:
+            loss, by_prefix = matryoshka.loss(
+                recons["groups_gbd"], self, targets_bd, counters.loss_scale
+            )
+            metrics |= by_prefix
+        aux_loss = auxk.loss(
+            recons["recon_bd"], recons["aux_recon_bd"], targets_bd, counters
+        )
+        loss += self.config.aux_coefficient * aux_loss
+        threshold = self._next_threshold(least, counters)
+        metrics |= {
+            "loss": loss,
+            "aux_loss": aux_loss,
+            "l0": l0,
+            "n_dead": jnp.sum(counters.is_dead_l),
+            "threshold": threshold,
+        }
+        assigned = {"threshold": threshold}
+        return loss, {"metrics": metrics, "fired_l": fired_l, "assigned": assigned}
+
+    def _autoencode(
+        self, normed_bd: jax.Array, is_dead_l: jax.Array
+    ) -> tuple[dict[str, jax.Array], jax.Array, jax.Array, jax.Array]:
+        """Reconstructions by name, which latents fired, mean L0, and the least kept."""
+        n_kept = self.config.k * normed_bd.shape[0]
+
+        def on_shard(normed_bd, is_dead_l, weights):  # type: ignore[no-untyped-def]
+            pre_bl = self.project(normed_bd, weights) + weights.get("b_enc_l", 0)
+            z_bl = nnx.relu(pre_bl)
+            least = topk.nth_largest(z_bl, n_kept, (DATA, LATENT))
+            z_bl = jnp.where(z_bl >= least, z_bl, 0)
+            parts = self._reconstruct(z_bl, weights)
+            parts["aux_recon_bd"] = auxk.reconstruct(self, pre_bl, is_dead_l, weights)
+            recons = lax.psum(parts, LATENT)
+            recons["recon_bd"] += weights["b_dec_d"]
+            fires_bl = z_bl > self.config.firing_threshold
+            fired_l = lax.pmax(jnp.any(fires_bl, axis=0).astype(jnp.int32), DATA) > 0
+            l0 = lax.psum(jnp.sum(fires_bl) / normed_bd.shape[0], LATENT)
+            return recons, fired_l, lax.pmean(l0, DATA), least
+
+        placed = {"recon_bd": ROWS, "aux_recon_bd": ROWS}
+        if self.config.prefixes:
+            placed["groups_gbd"] = P(None, DATA, None)
+        weights, specs = self.weights()
+        return jax.shard_map(
+            on_shard,
+            mesh=self.mesh,
+            in_specs=(ROWS, LATENTS, specs),
+            out_specs=(placed, LATENTS, P(), P()),
+        )(normed_bd, is_dead_l, weights)
+
+    def _reconstruct(self, z_bl: jax.Array, weights: Weights) -> dict[str, jax.Array]:
+        """A shard's part of each x̂, without b_dec."""
+        if not self.config.prefixes:
+            return {"recon_bd": self.decode_part(z_bl, weights)}
+        groups = matryoshka.split(self, z_bl, jnp.arange(z_bl.shape[1]))
+        groups_gbd = jnp.stack([self.decode_part(z, weights) for z in groups])
+        return {"groups_gbd": groups_gbd, "recon_bd": jnp.sum(groups_gbd, axis=0)}
+
+    def _next_threshold(self, least: jax.Array, counters: Counters) -> jax.Array:
+        old = self.threshold[...]
+        running = old + _THRESHOLD_RATE * (least - old)
+        return lax.stop_gradient(jnp.where(counters.steps == 0, least, running))

@@ -1,0 +1,94 @@
+"""TopK to a fixed threshold after training (Gao et al. 2024, A.3.2).
+
+A TopK SAE keeps the K largest pre-activations of each row. With one threshold θ for all
+rows and latents instead, the number of active latents follows the row, and a latent can
+be computed alone. What comes out is a JumpReLU SAE whose thresholds are all θ. Plain
+TopK bears this for a mean L0 up to its K; Multi-TopK also beyond.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from sae_jax import topk
+from sae_jax.config import SaeConfig
+from sae_jax.mesh import DATA, LATENT
+from sae_jax.saes.base import ROWS
+from sae_jax.saes.batch_topk import BatchTopKSae
+from sae_jax.saes.jumprelu import JumpReluSae
+from sae_jax.saes.topk import TopKSae
+
+
+def fit_threshold(sae: TopKSae | BatchTopKSae, acts_bd: jax.Array, l0: float) -> float:
+    """The θ at which the rows [B, D], in activation space, have this mean L0.
+
+    The data axis of the SAE's mesh must divide B.
+    """
+    n_kept = round(l0 * len(acts_bd))
+    if not 0 < n_kept <= len(acts_bd) * sae.n_latents:
+        raise ValueError(
+            f"l0 = {l0} on {len(acts_bd)} rows: must be above 0 and at most n_latents "
+            f"= {sae.n_latents}"
+        )
+    weights, specs = sae.weights()
+
+    def on_shard(normed_bd, weights):  # type: ignore[no-untyped-def]
+        pre_bl = nnx.relu(sae.project(normed_bd, weights) + weights.get("b_enc_l", 0))
+        return [topk.nth_largest(pre_bl, n, (DATA, LATENT)) for n in around]
+
+    around = (n_kept, n_kept + 1)
+    least, next_to_it = jax.shard_map(
+        on_shard, mesh=sae.mesh, in_specs=(ROWS, specs), out_specs=P()
+    )(sae.normalize(acts_bd)[0], weights)
+    # Halfway, so that `encode` agrees though it may round in another order.
+    return float((least + next_to_it) / 2)
+
+
+def with_fixed_threshold(
+    sae: TopKSae | BatchTopKSae, threshold: float, max_active: int | None = None
+) -> JumpReluSae:
+    """The same SAE, but every latent above `threshold` is active.
+
+    Args:
+        sae: is left as it is; the new SAE shares its weights.
+        threshold: in the SAE's normalised space, from `fit_threshold`.
+        max_active: most latents in a code of `encode`; 512 when not given.
+    """
+    if threshold < 0:
+        raise ValueError(f"threshold = {threshold}: must be at least 0")
+    weights, _ = sae.weights()
+    params = {name: value for name, value in weights.items() if name != "threshold"}
+    params["threshold_l"] = jnp.full_like(weights["w_dec_ld"][:, 0], threshold)
+    config = _as_jumprelu(sae.config, threshold, max_active)
+    with jax.set_mesh(sae.mesh):
+        abstract = nnx.eval_shape(
+            lambda: JumpReluSae(
+                config,
+                sae.normalization,
+                sae.mesh,
+                sae.site,
+                jax.random.key(0),
+                weights["b_dec_d"],
+            )
+        )
+    graph, _ = nnx.split(abstract)
+    return nnx.merge(graph, nnx.State(params))
+
+
+def _as_jumprelu(
+    config: SaeConfig, threshold: float, max_active: int | None
+) -> SaeConfig:
+    return dataclasses.replace(
+        config,
+        architecture="jumprelu",
+        multi_topk=False,
+        norm_weighted=False,
+        prefixes=(),
+        k_aux=None,
+        sparsity_coefficient=0.0,
+        initial_threshold=threshold,
+        max_active=max_active,
+    )

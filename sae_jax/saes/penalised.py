@@ -1,0 +1,54 @@
+"""The loss of architectures that are made sparse by a penalty.
+
+    L = nmse + λ_t * penalty + further terms
+    λ_t = sparsity_coefficient * min(1, (t + 1) / sparsity_warmup_steps)
+
+nmse is the mean square error over that of predicting the data mean, so λ weighs the
+penalty against a share of variance, whatever the scale and the width of the rows.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sae_jax import losses
+from sae_jax.firing import Counters
+from sae_jax.saes.base import Sae
+from sae_jax.saes.tiles import Sums
+
+
+def penalised_loss(
+    sae: Sae,
+    sums: Sums,
+    fired_l: jax.Array,
+    targets_bd: jax.Array,
+    counters: Counters,
+    penalty: jax.Array | None = None,
+    **further: jax.Array,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """What `Sae.loss` returns.
+
+    Args:
+        sae, targets_bd, counters, fired_l: of this step.
+        sums: over latents; read are "recon_bd", "l0" and "penalty".
+        penalty: the penalty, where it is not the mean of its sum over rows.
+        further: terms that are added as they are, and reported by their names.
+    """
+    recon_bd = sums["recon_bd"] + sae.b_dec_d[...]
+    nmse = counters.loss_scale * losses.mean_square_error(recon_bd, targets_bd)
+    penalty = jnp.mean(sums["penalty"]) if penalty is None else penalty
+    assert sae.config.sparsity_coefficient is not None  # the config's check
+    sparsity_loss = (
+        sae.config.sparsity_coefficient * counters.sparsity_scale * penalty
+    )
+    loss = nmse + sparsity_loss + sum(further.values())
+    metrics = {
+        "loss": loss,
+        "nmse": nmse,
+        "sparsity_loss": sparsity_loss,
+        **further,
+        "l0": jnp.mean(sums["l0"]),
+        "n_dead": jnp.sum(counters.is_dead_l),
+    }
+    return loss, {"metrics": metrics, "fired_l": fired_l, "assigned": {}}

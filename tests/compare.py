@@ -1,0 +1,102 @@
+"""Losses, gradients and codes of small SAEs, and checks of them against the oracle."""
+
+import functools
+
+import jax
+import numpy as np
+import oracle
+import oracle_rivals as rivals
+from small_sae import L, make_counters, oracle_settings, place
+
+from sae_jax.mesh import batch_sharding
+from sae_jax.state import Setup
+
+# Most of these tests' time is compiling: the same program, with plainer machine code.
+QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
+
+
+def check_loss(
+    setup: Setup, params, rows_bd, dead_l, dtype=None, rtol=1e-10, **counters
+) -> None:
+    """The loss, every metric, fired_l and every gradient of the loss."""
+    loss, aux, gradients = differentiate(
+        setup, params, rows_bd, dead_l, dtype, **counters
+    )
+    architecture, settings = _oracles(setup, **counters)
+    want = rivals.terms(architecture, params, rows_bd, dead_l, settings)
+    np.testing.assert_allclose(loss, want.metrics["loss"], rtol=rtol)
+    metrics = dict(aux["metrics"])
+    metrics.pop("threshold", None)  # not a term: tests/test_saes_batch_topk.py has it
+    # The last prefix is the whole, whose error is "nmse".
+    named = want.metrics.keys() - {f"nmse_prefix_{m}" for m in settings.prefixes[-1:]}
+    assert metrics.keys() == named
+    for name, value in metrics.items():
+        np.testing.assert_allclose(
+            value, want.metrics[name], rtol=rtol, err_msg=name
+        )
+    np.testing.assert_array_equal(aux["fired_l"], want.fired_l)
+    want_gradients = rivals.gradients(architecture, params, rows_bd, dead_l, settings)
+    check_gradients(gradients, want_gradients, rtol)
+
+
+def check_gradients(gradients, want: oracle.Params, rtol=1e-10) -> None:
+    assert gradients.keys() == want.keys()
+    for name, value in gradients.items():
+        size = np.abs(want[name]).max()
+        np.testing.assert_allclose(
+            value, want[name], rtol=rtol, atol=rtol * size, err_msg=name
+        )
+
+
+def differentiate(
+    setup: Setup, params, rows_bd, dead_l, dtype=None, of="loss", **counters
+):
+    """The loss, what comes beside it, and the gradients of the loss or of a metric."""
+    rows_bd = jax.device_put(np.asarray(rows_bd, dtype), batch_sharding(setup.mesh))
+    gradients, (loss, aux) = _compiled(setup, of)(
+        place(setup, params, dtype), rows_bd, make_counters(dead_l, **counters)
+    )
+    return loss, aux, gradients
+
+
+def want_gradients(setup: Setup, params, rows_bd, dead_l, of: str) -> oracle.Params:
+    """The oracle's, of one unweighted term."""
+    architecture, settings = _oracles(setup)
+    return rivals.gradients(architecture, params, rows_bd, dead_l, settings, of)
+
+
+def check_code(code, ranked_bl: oracle.Array, k: int, rtol: float = 0) -> None:
+    """The contract of a code: falling, at most K, distinct, in range; the winners.
+
+    `ranked_bl` is the dense code, or what the choice is made among.
+    """
+    values_bk, indices_bk = np.asarray(code.values), np.asarray(code.indices)
+    assert values_bk.shape == indices_bk.shape == (len(ranked_bl), k)
+    assert indices_bk.dtype == np.int32
+    assert (values_bk >= 0).all() and (np.diff(values_bk) <= 0).all()
+    assert (0 <= indices_bk).all() and (indices_bk < L).all()
+    assert all(len(set(indices_k)) == k for indices_k in indices_bk)
+    want_bk = np.array(oracle.choose(ranked_bl, k))
+    want_values_bk = np.maximum(np.take_along_axis(ranked_bl, want_bk, 1), 0)
+    np.testing.assert_allclose(values_bk, want_values_bk, rtol=rtol, atol=rtol)
+    is_used_bk = want_values_bk > 0
+    np.testing.assert_array_equal(indices_bk[is_used_bk], want_bk[is_used_bk])
+
+
+@functools.cache
+def _compiled(setup: Setup, of: str):
+    """Compiled once for all tests with the same SAE on the same mesh."""
+
+    @functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
+    @functools.partial(jax.grad, has_aux=True)
+    def gradients(params, rows_bd, counters):
+        loss, aux = setup.sae(params).loss((rows_bd, rows_bd), counters)
+        return (loss if of == "loss" else aux["metrics"][of]), (loss, aux)
+
+    return gradients
+
+
+def _oracles(
+    setup: Setup, steps: int = 0, warmup_steps: int = 0
+) -> tuple[str, oracle.Settings]:
+    return setup.config.sae.architecture, oracle_settings(setup, steps, warmup_steps)
