@@ -20,7 +20,7 @@ from oracle import Array, Params, Settings
 
 ARCHITECTURES = ("topk", "batch_topk")
 MULTI_TOPK_WEIGHT = 1 / 8
-THRESHOLD_DECAY = 0.99  # of BatchTopK's running threshold
+THRESHOLD_DECAY = 0.9  # of BatchTopK's running threshold
 
 
 def weights(settings: Settings) -> dict[str, float]:

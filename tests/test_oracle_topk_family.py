@@ -57,7 +57,7 @@ def test_batch_topks_running_threshold_starts_at_the_first_and_follows():
     threshold = topk_family.next_threshold(None, 2.0)
     assert threshold == 2
     threshold = topk_family.next_threshold(threshold, 3.0)
-    assert threshold == pytest.approx(2.01)
+    assert threshold == pytest.approx(2.1)
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk"])

@@ -1,9 +1,7 @@
 """Sums over latents, tile by tile, against the same sums in one tile."""
 
-import functools
 import math
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +23,7 @@ from small_sae import (
 
 from sae_jax import state as states
 from sae_jax.mesh import DATA, LATENT, batch_sharding
-from sae_jax.saes import ARCHITECTURES
-from sae_jax.saes.tiles import sum_over_latents
+from sae_jax.saes import tiles
 
 CASES = {
     "relu": {},
@@ -56,9 +53,7 @@ def _inputs(setup):
 def _use_tiles(monkeypatch, setup, n_tiles: int, n_rows: int = B) -> None:
     n_own = setup.config.sae.n_latents // setup.mesh.shape[LATENT]
     tile_size = n_rows // setup.mesh.shape[DATA] * n_own // n_tiles
-    module = sys.modules[ARCHITECTURES[setup.config.sae.architecture].__module__]
-    tiled = functools.partial(sum_over_latents, tile_size=tile_size)
-    monkeypatch.setattr(module, "sum_over_latents", tiled)
+    monkeypatch.setattr(tiles, "TILE_SIZE", tile_size)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +120,9 @@ def _largest_array(setup, n_rows: int) -> int:
     ],
 )
 def test_tiles_are_the_fewest_that_divide_a_shards_latents(
-    mesh_shape, tile_size, width
+    monkeypatch, mesh_shape, tile_size, width
 ):
+    monkeypatch.setattr(tiles, "TILE_SIZE", tile_size)
     setup, seen = make_setup(mesh_shape, architecture="relu"), set()
     sae = setup.sae(place(setup, make_params("relu"), np.float32))
 
@@ -137,7 +133,7 @@ def test_tiles_are_the_fewest_that_divide_a_shards_latents(
 
     rows_bd = jnp.float32(make_rows())
     sums, fired_l = jax.jit(
-        lambda rows_bd: sum_over_latents(sae, on_tile, rows_bd, tile_size)
+        lambda rows_bd: tiles.sum_over_latents(sae, on_tile, rows_bd)
     )(rows_bd)
     assert seen == {width}
     code_bl = np.asarray(sae.encode_dense(rows_bd))

@@ -4,9 +4,9 @@
     z = ReLU(the k_aux largest pre-activations of dead latents)
     AuxK = |e - z W_dec|^2 / |e - mean e|^2
 
-Live latents are left out altogether: at 0 they would still take the places of dead
-ones whose pre-activations are negative. A dead latent that is chosen with a negative
-pre-activation adds nothing and learns nothing, as in the paper. k_aux is fixed and a
+Live latents are left out altogether, so that no place is lost to them. A dead latent
+that is chosen with a negative pre-activation adds nothing and learns nothing, as in the
+paper: it has to wait for a row on which it is positive. k_aux is fixed and a
 branch on the device skips everything when no latent is dead, so nothing waits for the
 host. Which latents are dead is decided before the step.
 """

@@ -7,6 +7,7 @@ nmse is the mean square error over that of predicting the data mean, so λ weigh
 penalty against a share of variance, whatever the scale and the width of the rows.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,8 +15,33 @@ import jax.numpy as jnp
 
 from sae_jax import losses
 from sae_jax.firing import Counters
-from sae_jax.saes.base import Sae
-from sae_jax.saes.tiles import Sums
+from sae_jax.saes.base import Batch, Sae, Weights
+from sae_jax.saes.tiles import Sums, sum_over_latents
+
+
+def l1_loss(
+    sae: Sae,
+    batch: Batch,
+    counters: Counters,
+    weigh: Callable[[Weights], jax.Array] | None = None,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """What `Sae.loss` returns where the penalty is the sum of a row's values.
+
+    `weigh(weights)` [L] multiplies the values there; 1 when not given.
+    """
+
+    def on_tile(normed_bd: jax.Array, weights: Weights) -> tuple[Sums, jax.Array]:
+        code_bl = sae.activate(sae.project(normed_bd, weights), weights)
+        weighed_bl = code_bl * weigh(weights) if weigh else code_bl
+        sums = {
+            "recon_bd": sae.decode_part(code_bl, weights),
+            "penalty": jnp.sum(weighed_bl, axis=1),
+        }
+        return sums, code_bl > sae.config.firing_threshold
+
+    normed_bd, targets_bd = sae.normalize_batch(batch)
+    sums, fired_l = sum_over_latents(sae, on_tile, normed_bd)
+    return penalised_loss(sae, sums, fired_l, targets_bd, counters)
 
 
 def penalised_loss(

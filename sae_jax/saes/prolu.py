@@ -20,8 +20,7 @@ import jax.numpy as jnp
 from sae_jax.config import SaeConfig
 from sae_jax.firing import Counters
 from sae_jax.saes.base import Batch, Sae, Weights, new_bias
-from sae_jax.saes.penalised import penalised_loss
-from sae_jax.saes.tiles import Sums, sum_over_latents
+from sae_jax.saes.penalised import l1_loss
 
 
 @jax.custom_jvp
@@ -54,16 +53,4 @@ class ProluSae(Sae):
     def loss(
         self, batch: Batch, counters: Counters
     ) -> tuple[jax.Array, dict[str, Any]]:
-        normed_bd, targets_bd = self.normalize_batch(batch)
-        sums, fired_l = sum_over_latents(self, self._on_tile, normed_bd)
-        return penalised_loss(self, sums, fired_l, targets_bd, counters)
-
-    def _on_tile(
-        self, normed_bd: jax.Array, weights: Weights
-    ) -> tuple[Sums, jax.Array]:
-        code_bl = self.activate(self.project(normed_bd, weights), weights)
-        sums = {
-            "recon_bd": self.decode_part(code_bl, weights),
-            "penalty": jnp.sum(code_bl, axis=1),
-        }
-        return sums, code_bl > self.config.firing_threshold
+        return l1_loss(self, batch, counters)

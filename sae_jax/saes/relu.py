@@ -10,14 +10,12 @@ Dead latents can be given a new start (`resample_every_rows`, `sae_jax.resample`
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from sae_jax.config import SaeConfig
 from sae_jax.firing import Counters
 from sae_jax.saes.base import Batch, Sae, Weights, new_bias
-from sae_jax.saes.penalised import penalised_loss
-from sae_jax.saes.tiles import Sums, sum_over_latents
+from sae_jax.saes.penalised import l1_loss
 
 
 class ReluSae(Sae):
@@ -38,16 +36,4 @@ class ReluSae(Sae):
     def loss(
         self, batch: Batch, counters: Counters
     ) -> tuple[jax.Array, dict[str, Any]]:
-        normed_bd, targets_bd = self.normalize_batch(batch)
-        sums, fired_l = sum_over_latents(self, self._on_tile, normed_bd)
-        return penalised_loss(self, sums, fired_l, targets_bd, counters)
-
-    def _on_tile(
-        self, normed_bd: jax.Array, weights: Weights
-    ) -> tuple[Sums, jax.Array]:
-        code_bl = self.activate(self.project(normed_bd, weights), weights)
-        sums = {
-            "recon_bd": self.decode_part(code_bl, weights),
-            "penalty": jnp.sum(code_bl, axis=1),
-        }
-        return sums, code_bl > self.config.firing_threshold
+        return l1_loss(self, batch, counters)

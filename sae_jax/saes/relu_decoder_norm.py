@@ -21,8 +21,7 @@ from sae_jax.config import SaeConfig
 from sae_jax.firing import Counters
 from sae_jax.normalize import Normalization
 from sae_jax.saes.base import Batch, Sae, Weights, new_bias, new_param
-from sae_jax.saes.penalised import penalised_loss
-from sae_jax.saes.tiles import Sums, sum_over_latents
+from sae_jax.saes.penalised import l1_loss
 
 _START_NORM = 0.1
 
@@ -58,17 +57,8 @@ class ReluDecoderNormSae(Sae):
     def loss(
         self, batch: Batch, counters: Counters
     ) -> tuple[jax.Array, dict[str, Any]]:
-        normed_bd, targets_bd = self.normalize_batch(batch)
-        sums, fired_l = sum_over_latents(self, self._on_tile, normed_bd)
-        return penalised_loss(self, sums, fired_l, targets_bd, counters)
+        return l1_loss(self, batch, counters, _find_norms)
 
-    def _on_tile(
-        self, normed_bd: jax.Array, weights: Weights
-    ) -> tuple[Sums, jax.Array]:
-        code_bl = self.activate(self.project(normed_bd, weights), weights)
-        norm_l = jnp.linalg.norm(weights["w_dec_ld"], axis=1)
-        sums = {
-            "recon_bd": self.decode_part(code_bl, weights),
-            "penalty": jnp.sum(code_bl * norm_l, axis=1),
-        }
-        return sums, code_bl > self.config.firing_threshold
+
+def _find_norms(weights: Weights) -> jax.Array:
+    return jnp.linalg.norm(weights["w_dec_ld"], axis=1)

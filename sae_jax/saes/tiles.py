@@ -21,11 +21,11 @@ Sums = dict[str, jax.Array]  # each [B] or [B, D]
 # What a tile of latents adds, and which of them fire on each row, bool [B, tile].
 OnTile = Callable[[jax.Array, Weights], tuple[Sums, jax.Array]]
 
-_TILE_SIZE = 2**26  # elements of a tile's dense code: 256 MiB in float32
+TILE_SIZE = 2**26  # elements of a tile's dense code: 256 MiB in float32
 
 
 def sum_over_latents(
-    sae: Sae, on_tile: OnTile, normed_bd: jax.Array, tile_size: int = _TILE_SIZE
+    sae: Sae, on_tile: OnTile, normed_bd: jax.Array
 ) -> tuple[Sums, jax.Array]:
     """The sums of `on_tile(normed_bd, weights)` over all latents, and fired_l.
 
@@ -33,7 +33,7 @@ def sum_over_latents(
     """
 
     def on_shard(normed_bd, weights):  # type: ignore[no-untyped-def]
-        sums, fired_l = _on_tiles(_with_l0(on_tile), normed_bd, weights, tile_size)
+        sums, fired_l = _on_tiles(_with_l0(on_tile), normed_bd, weights)
         return lax.psum(sums, LATENT), lax.pmax(fired_l, DATA) > 0
 
     weights, specs = sae.weights()
@@ -55,11 +55,11 @@ def _with_l0(on_tile: OnTile) -> OnTile:
 
 
 def _on_tiles(
-    on_tile: OnTile, normed_bd: jax.Array, weights: Weights, tile_size: int
+    on_tile: OnTile, normed_bd: jax.Array, weights: Weights
 ) -> tuple[Sums, jax.Array]:
     """The tiles of one latent shard, one after another."""
     n_own = weights["w_enc_ld"].shape[0]
-    n_tiles = _count_tiles(n_own, normed_bd.shape[0], tile_size)
+    n_tiles = _count_tiles(n_own, normed_bd.shape[0], TILE_SIZE)
     if n_tiles == 1:
         return on_tile(normed_bd, weights)
     tiled = {
