@@ -16,9 +16,8 @@ PENALISED = ("relu", "relu_decoder_norm", "prolu", "gated", "jumprelu")
 
 def _sae(architecture: str, **fields) -> SaeConfig:
     """A good config of each architecture, 64 latents, but for `fields`."""
-    coefficient = 0.1 if architecture in PENALISED else None
-    good = dict(n_latents=64, k=4, sparsity_coefficient=coefficient)
-    return SaeConfig(architecture=architecture, **(good | fields))
+    own = {"sparsity_coefficient": 0.1} if architecture in PENALISED else {"k": 4}
+    return SaeConfig(architecture=architecture, **({"n_latents": 64} | own | fields))
 
 
 def _run(architecture: str, **fields) -> TrainConfig:

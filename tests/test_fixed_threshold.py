@@ -126,5 +126,5 @@ def test_a_mean_l0_that_cannot_be_is_refused(l0, shown):
 
 
 def test_a_threshold_below_zero_is_refused():
-    with pytest.raises(ValueError, match="threshold = -0.1: must be at least 0"):
+    with pytest.raises(ValueError, match="^threshold = -0.1: must be at least 0"):
         with_fixed_threshold(_make_sae("topk"), -0.1)

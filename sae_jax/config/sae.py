@@ -30,9 +30,13 @@ _READ_BY = {
     "norm_weighted": ("topk",),
     "multi_topk": ("topk",),
     "prefixes": CHOOSE_K,
+    "k": CHOOSE_K,
     "k_aux": CHOOSE_K,
+    "aux_coefficient": CHOOSE_K,
     "sparsity_coefficient": _PENALISED,
     "target_l0": ("jumprelu",),
+    "initial_threshold": ("jumprelu",),
+    "bandwidth": ("jumprelu",),
     "max_active": tuple(name for name in ARCHITECTURES if name != "topk"),
 }
 _MOST_ACTIVE = 512

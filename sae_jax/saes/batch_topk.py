@@ -22,7 +22,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from sae_jax import losses, topk
+from sae_jax import topk
 from sae_jax.config import SaeConfig
 from sae_jax.firing import Counters
 from sae_jax.mesh import DATA, LATENT
@@ -62,15 +62,9 @@ class BatchTopKSae(Sae):
     ) -> tuple[jax.Array, dict[str, Any]]:
         normed_bd, targets_bd = self.normalize_batch(batch)
         recons, fired_l, l0, least = self._autoencode(normed_bd, counters.is_dead_l)
-        nmse = counters.loss_scale * losses.mean_square_error(
-            recons["recon_bd"], targets_bd
+        loss, metrics = matryoshka.main_loss(
+            self, recons, targets_bd, counters.loss_scale
         )
-        loss, metrics = nmse, {"nmse": nmse}
-        if self.config.prefixes:
-            loss, by_prefix = matryoshka.loss(
-                recons["groups_gbd"], self, targets_bd, counters.loss_scale
-            )
-            metrics |= by_prefix
         aux_loss = auxk.loss(
             recons["recon_bd"], recons["aux_recon_bd"], targets_bd, counters
         )

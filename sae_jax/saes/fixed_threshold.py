@@ -6,8 +6,6 @@ be computed alone. What comes out is a JumpReLU SAE whose thresholds are all θ.
 TopK bears this for a mean L0 up to its K; Multi-TopK also beyond.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -81,13 +79,15 @@ def with_fixed_threshold(
 def _as_jumprelu(
     config: SaeConfig, threshold: float, max_active: int | None
 ) -> SaeConfig:
-    return dataclasses.replace(
-        config,
+    return SaeConfig(
         architecture="jumprelu",
-        multi_topk=False,
-        norm_weighted=False,
-        prefixes=(),
-        k_aux=None,
+        d_model=config.d_model,
+        n_latents=config.n_latents,
+        normalization=config.normalization,
+        use_b_enc=config.use_b_enc,
+        subtract_b_dec=config.subtract_b_dec,
+        firing_threshold=config.firing_threshold,
+        compute_dtype=config.compute_dtype,
         sparsity_coefficient=0.0,
         initial_threshold=threshold,
         max_active=max_active,

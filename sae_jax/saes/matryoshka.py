@@ -34,18 +34,24 @@ def split(sae: Sae, values: jax.Array, columns: jax.Array) -> list[jax.Array]:
     ]
 
 
-def loss(
-    groups_gbd: jax.Array, sae: Sae, targets_bd: jax.Array, scale: jax.Array
+def main_loss(
+    sae: Sae, recons: dict[str, jax.Array], targets_bd: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss, and the nmse of each prefix but the last by name.
+    """nmse, or with prefixes its mean over them; and each nmse by name.
 
     Args:
-        groups_gbd: what each group adds to x̂.
-        sae: has the prefixes and b_dec.
+        sae: has b_dec, and the prefixes if there are any.
+        recons: "recon_bd", x̂; with prefixes "groups_gbd", what each group adds to it.
         targets_bd: rows in the SAE's space.
         scale: `loss_scale`.
     """
-    recons_gbd = jnp.cumsum(groups_gbd, axis=0) + sae.b_dec_d[...]
-    nmse = [scale * losses.mean_square_error(r, targets_bd) for r in recons_gbd]
-    names = [f"nmse_prefix_{prefix}" for prefix in sae.config.prefixes[:-1]]
-    return sum(nmse[1:], nmse[0]) / len(nmse), dict(zip(names, nmse))
+    nmse = scale * losses.mean_square_error(recons["recon_bd"], targets_bd)
+    prefixes = sae.config.prefixes[:-1]
+    if not prefixes:
+        return nmse, {"nmse": nmse}
+    # The last prefix is x̂ itself.
+    recons_gbd = jnp.cumsum(recons["groups_gbd"][:-1], axis=0) + sae.b_dec_d[...]
+    by_prefix = [scale * losses.mean_square_error(r, targets_bd) for r in recons_gbd]
+    names = [f"nmse_prefix_{prefix}" for prefix in prefixes]
+    metrics = {"nmse": nmse} | dict(zip(names, by_prefix))
+    return sum(by_prefix, nmse) / (1 + len(by_prefix)), metrics

@@ -65,19 +65,13 @@ class TopKSae(Sae):
     ) -> tuple[jax.Array, dict[str, Any]]:
         normed_bd, targets_bd = self.normalize_batch(batch)
         recons, fired_l, l0 = self._autoencode(normed_bd, counters.is_dead_l)
-        nmse = counters.loss_scale * losses.mean_square_error(
-            recons["recon_bd"], targets_bd
+        loss, metrics = matryoshka.main_loss(
+            self, recons, targets_bd, counters.loss_scale
         )
-        loss, metrics = nmse, {"nmse": nmse}
         if self.config.multi_topk:
             at_4k = losses.mean_square_error(recons["recon_4k_bd"], targets_bd)
             metrics["multi_topk_nmse"] = counters.loss_scale * at_4k
-            loss = nmse + metrics["multi_topk_nmse"] / 8
-        if self.config.prefixes:
-            loss, by_prefix = matryoshka.loss(
-                recons["groups_gbd"], self, targets_bd, counters.loss_scale
-            )
-            metrics |= by_prefix
+            loss += metrics["multi_topk_nmse"] / 8
         aux_loss = auxk.loss(
             recons["recon_bd"], recons["aux_recon_bd"], targets_bd, counters
         )
