@@ -30,7 +30,6 @@ _READ_BY = {
     "norm_weighted": ("topk",),
     "multi_topk": ("topk",),
     "prefixes": CHOOSE_K,
-    "k": CHOOSE_K,
     "k_aux": CHOOSE_K,
     "aux_coefficient": CHOOSE_K,
     "sparsity_coefficient": _PENALISED,
