@@ -126,7 +126,6 @@ def test_a_penalised_architecture_needs_its_coefficient(architecture):
         ("prefixes", (16, 64), {"topk", "batch_topk"}),
         ("k_aux", 8, {"topk", "batch_topk"}),
         ("sparsity_coefficient", 0.2, set(PENALISED)),
-        ("k", 8, {"topk", "batch_topk"}),
         ("aux_coefficient", 0.5, {"topk", "batch_topk"}),
         ("target_l0", 4.0, {"jumprelu"}),
         ("initial_threshold", 0.5, {"jumprelu"}),
