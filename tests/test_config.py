@@ -30,7 +30,7 @@ for arguments in json.load(sys.stdin):
 '''
 RUN = '''
 from sae_jax.config import SaeConfig, TrainConfig
-def get_config(): return TrainConfig(sae=SaeConfig(n_latents=128, k=4))
+def get_config(): return TrainConfig(sae=SaeConfig(n_latents=128))
 '''
 
 
@@ -44,13 +44,13 @@ def test_checked_sees_what_was_set_after_construction():
 @pytest.mark.parametrize(
     "sae",
     [
-        dict(d_model=8),
-        dict(prefixes=(8, 16, 32), norm_weighted=True),
+        dict(k=2, d_model=8),
+        dict(k=2, prefixes=(8, 16, 32), norm_weighted=True),
         dict(architecture="jumprelu", sparsity_coefficient=0.5, target_l0=3.0),
     ],
 )
 def test_json_round_trip(sae):
-    sae = SaeConfig(n_latents=32, k=2, **sae)
+    sae = SaeConfig(n_latents=32, **sae)
     config = TrainConfig(sae, OptimizerConfig(clip_norm=1.0), seed=7)
     read = configs.from_json(TrainConfig, configs.to_json(config), "x")
     assert read == config
@@ -79,7 +79,7 @@ def test_overrides_of_the_command_line_reach_the_run(tmp_path):
     assert done.returncode == 0 and not done.stderr, done.stderr
     texts = map(json.loads, done.stdout.splitlines())
     relu, matryoshka = (configs.from_json(TrainConfig, t, "x") for t in texts)
-    start = SaeConfig(n_latents=128, k=4)
+    start = SaeConfig(n_latents=128)
     change = dict(architecture="relu", sparsity_coefficient=0.1)
     assert relu == TrainConfig(dataclasses.replace(start, **change))
     sae = dataclasses.replace(start, prefixes=(16, 64, 128))

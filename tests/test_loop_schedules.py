@@ -34,7 +34,7 @@ def test_k_is_annealed_in_stages_and_a_stopped_run_goes_on_to_the_same_bits(
 ):
     """12 steps: K is 12 for three, 6 for three, and then 3; step 4 was saved."""
     annealing = dict(k_start=12, k_anneal_rows=6 * 64, rows=12 * 64)
-    annealing |= dict(mesh=ONE, checkpoint_every_steps=2)
+    annealing |= dict(mesh=ONE, checkpoint_every_steps=4)
     config = synthetic.make_config(planted_store, **annealing)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     expected = jax.device_get(loop.train(config, whole))
