@@ -41,7 +41,8 @@ class Resampling:
         if config.resample_every_rows is None:
             return state
         n_done, rest = divmod(step, config.steps(config.resample_every_rows))
-        if rest or n_done > config.n_resamples:
+        is_last = step == config.n_steps  # what starts now would never be trained
+        if rest or n_done > config.n_resamples or is_last:
             return state
         seed = config.seed + step
         rows_bd = loader.sample_rows(self._store, self._setup.site, ROWS, seed)

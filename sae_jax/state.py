@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from sae_jax import firing, losses, normalize, optim
 from sae_jax import mesh as meshes
-from sae_jax.config import TrainConfig
+from sae_jax.config import CHOOSE_K, TrainConfig
 from sae_jax.firing import Counters
 from sae_jax.geometric_median import geometric_median
 from sae_jax.normalize import Normalization
@@ -162,7 +162,9 @@ def _mean_length(sae: Sae, key: jax.Array) -> jax.Array:
     """
     unit_bd = jax.random.normal(key, (_RANDOM_VECTORS, sae.d_model))
     b_dec_d = sae.b_dec_d[...]
-    code = sae.encode_normed(b_dec_d + optim.normalise_rows(unit_bd))
+    # As many latents as the first step has: BatchTopK knows no threshold yet.
+    k = sae.config.k if sae.config.architecture in CHOOSE_K else sae.n_latents
+    code = sae.encode_normed(b_dec_d + optim.normalise_rows(unit_bd), k)
     recon_bd = sae.decode_normed(*code[:2])
     return jnp.mean(jnp.linalg.norm(recon_bd - b_dec_d, axis=1))
 

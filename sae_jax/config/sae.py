@@ -118,7 +118,8 @@ def _check_belongs(config: SaeConfig) -> None:
         if value != defaults[name] and config.architecture not in readers:
             raise ValueError(
                 f"sae.{name} = {value!r} means nothing for sae.architecture = "
-                f"{config.architecture!r}, only for {', '.join(readers)}: leave it out"
+                f"{config.architecture!r}, only for {', '.join(readers)}: leave it at "
+                f"{defaults[name]!r}"
             )
     if not config.use_b_enc and config.architecture in ("prolu", "gated"):
         raise ValueError(

@@ -148,10 +148,10 @@ class Sae(nnx.Module):
         return normed_bd, targets_bd
 
     def encode_normed(
-        self, normed_bd: jax.Array
+        self, normed_bd: jax.Array, k: int | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Values, global indices [B, K], and how many active latents were cut off."""
-        k = max_active(self.config)
+        k = k or max_active(self.config)
 
         def on_shard(normed_bd, weights):  # type: ignore[no-untyped-def]
             code_bl = self.activate(self.project(normed_bd, weights), weights)

@@ -41,6 +41,11 @@ def fit_threshold(sae: TopKSae | BatchTopKSae, acts_bd: jax.Array, l0: float) ->
     least, next_to_it = jax.shard_map(
         on_shard, mesh=sae.mesh, in_specs=(ROWS, specs), out_specs=P()
     )(sae.normalize(acts_bd)[0], weights)
+    if least == 0:
+        raise ValueError(
+            f"l0 = {l0}: these {len(acts_bd)} rows have fewer latents above 0 than "
+            "that; give a smaller l0"
+        )
     # Halfway, so that `encode` agrees though it may round in another order.
     return float((least + next_to_it) / 2)
 
