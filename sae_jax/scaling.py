@@ -103,7 +103,7 @@ def _check_frequencies(frequencies_f: Array, n_latents: int) -> None:
         )
     is_bad_f = ~(np.isfinite(frequencies_f) & (frequencies_f >= 0))
     if is_bad_f.any():
-        first = int(is_bad_f.argmax())
+        first = int(np.flatnonzero(is_bad_f)[0])
         raise ValueError(
             f"frequency {first} is {frequencies_f[first]}: give finite numbers >= 0"
         )

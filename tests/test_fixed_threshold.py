@@ -128,3 +128,19 @@ def test_a_mean_l0_that_cannot_be_is_refused(l0, shown):
 def test_a_threshold_below_zero_is_refused():
     with pytest.raises(ValueError, match="^threshold = -0.1: must be at least 0"):
         with_fixed_threshold(_make_sae("topk"), -0.1)
+
+
+def test_rows_may_have_any_leading_axes():
+    sae, acts = _make_sae("topk", (1, 1)), _acts()
+    assert fit_threshold(sae, acts.reshape(2, -1, acts.shape[-1]), 3) == fit_threshold(
+        sae, acts, 3
+    )
+
+
+def test_an_sae_that_chooses_no_k_is_refused():
+    setup = make_setup((1, 1), architecture="relu")
+    sae = setup.sae(place(setup, make_params("relu"), np.float32))
+    with pytest.raises(ValueError, match="this SAE is relu"):
+        fit_threshold(sae, _acts(), 3)
+    with pytest.raises(ValueError, match="this SAE is relu"):
+        with_fixed_threshold(sae, 0.1)

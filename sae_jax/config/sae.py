@@ -39,6 +39,8 @@ _READ_BY = {
     "max_active": tuple(name for name in ARCHITECTURES if name != "topk"),
 }
 _MOST_ACTIVE = 512
+# Gave an L0 of 10 to 70 in experiments/frontier.py.
+_FIRST_TRY = dict.fromkeys(_PENALISED, 0.1) | {"jumprelu": 0.004}
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -163,7 +165,8 @@ def _check_penalty(config: SaeConfig) -> None:
     if config.sparsity_coefficient is None:
         raise ValueError(
             f"sae.sparsity_coefficient is not set: nothing else makes the codes of "
-            f"{config.architecture} sparse; its file in sae_jax/saes/ says of what size"
+            f"{config.architecture} sparse; begin with "
+            f"{_FIRST_TRY[config.architecture]}"
         )
     check_at_least("sae.sparsity_coefficient", config.sparsity_coefficient, 0)
     if config.architecture == "jumprelu" and config.bandwidth <= 0:

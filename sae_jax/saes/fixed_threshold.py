@@ -12,19 +12,21 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import topk
-from sae_jax.config import SaeConfig
+from sae_jax.config import CHOOSE_K, SaeConfig
 from sae_jax.mesh import DATA, LATENT
-from sae_jax.saes.base import ROWS
+from sae_jax.saes.base import ROWS, Sae
 from sae_jax.saes.batch_topk import BatchTopKSae
 from sae_jax.saes.jumprelu import JumpReluSae
 from sae_jax.saes.topk import TopKSae
 
 
 def fit_threshold(sae: TopKSae | BatchTopKSae, acts_bd: jax.Array, l0: float) -> float:
-    """The θ at which the rows [B, D], in activation space, have this mean L0.
+    """The θ at which rows [..., D], in activation space, have this mean L0.
 
-    The data axis of the SAE's mesh must divide B.
+    The data axis of the SAE's mesh must divide the number of rows.
     """
+    _refuse_others(sae)
+    acts_bd = acts_bd.reshape(-1, sae.d_model)
     n_kept = round(l0 * len(acts_bd))
     if not 0 < n_kept <= len(acts_bd) * sae.n_latents:
         raise ValueError(
@@ -60,6 +62,7 @@ def with_fixed_threshold(
         threshold: in the SAE's normalised space, from `fit_threshold`.
         max_active: most latents in a code of `encode`; 512 when not given.
     """
+    _refuse_others(sae)
     if threshold < 0:
         raise ValueError(f"threshold = {threshold}: must be at least 0")
     weights, _ = sae.weights()
@@ -79,6 +82,14 @@ def with_fixed_threshold(
         )
     graph, _ = nnx.split(abstract)
     return nnx.merge(graph, nnx.State(params))
+
+
+def _refuse_others(sae: Sae) -> None:
+    if sae.config.architecture not in CHOOSE_K:
+        raise ValueError(
+            f"this SAE is {sae.config.architecture}: one threshold takes the place of "
+            f"a choice of K, which only {' and '.join(CHOOSE_K)} make"
+        )
 
 
 def _as_jumprelu(
