@@ -51,9 +51,9 @@ follows the learning rate more than the penalty (at 0.001 it is 110 with a penal
 Adam moves by up to the rate each step, here against values of about 0.1; the paper's
 runs are longer at a lower rate. More than a third of Gated's latents die at its best
 rate; resampling, which the paper gives it, made a short run worse (tried once, with
-Adam's b1 at 0: nmse 0.44 against 0.28 without). Codes of BatchTopK are up to a tenth
-longer on held-out rows than in training, for its threshold is an average over steps.
-The runs of the architectures with a penalty are from before the encoder's rescale
+Adam's b1 at 0: nmse 0.44 against 0.28 without). Codes of BatchTopK are about a tenth
+longer on held-out rows, with averaged weights, than in training; why was not looked
+into. The runs of the architectures with a penalty are from before the encoder's rescale
 counted all latents: they started from codes cut at 512.
 """
 
