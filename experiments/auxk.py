@@ -16,23 +16,28 @@ fire on none of 219,904 held-out rows; mean of 2 seeds, ± half the range (jax 0
 At 0.005 AuxK revives a few; at 0.01, against the paper, it kills. Loss and gradients
 are those of a float64 oracle (`tests/`), so we take it to be the regime: Adam moves
 what only AuxK trains by the full rate, whatever AuxK's weight, and here values are of
-the size of 0.1. Dead latents that together overshoot the residual would be pushed
-down until they are below zero on every row, where AuxK's ReLU, which is the paper's,
-leaves them without a gradient. Without that ReLU (three lines in `saes/auxk.py`,
-tried once at 0.005, on 65,536 rows) 4 % were dead instead of 31 %, at an nmse of
-0.371 instead of 0.348. The paper's rates are some fifty times lower and its runs
-longer; the quickstart, at 0.003 with K = 32, ends without a dead latent.
+the size of 0.1. Dead latents that together overshoot the residual would be pushed down
+until they are below zero on every row, where AuxK's ReLU, which is the paper's, leaves
+them without a gradient. Without that ReLU (three lines in `saes/auxk.py`, tried once at
+0.005, on 65,536 rows) 4 % were dead instead of 31 %, at an nmse of 0.371 instead of
+0.348. The paper's rates are some fifty times lower and its runs longer; the quickstart,
+at 0.003 with K = 32, ends without a dead latent.
 """
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
-from runs import Figures, Runs, print_header, print_row, spread, start
+from runs import (
+    Figures,
+    Runs,
+    measure_heldout,
+    print_header,
+    print_row,
+    spread,
+    start,
+)
 
-import sae_jax
 from sae_jax.config import DataConfig, OptimizerConfig, SaeConfig, TrainConfig
-from sae_jax.evals import EvaluateConfig
 
 SEEDS = (0, 1)
 RATES = (5e-3, 1e-2)
@@ -60,21 +65,7 @@ def get_config(
 
 def measure(store: str) -> Callable[..., Figures]:
     """nmse and the share of latents that fire on none of the held-out rows."""
-    subject, opened = sae_jax.load_subject(), sae_jax.open_store(store)
-
-    def figures(sae: Any, *run: Any) -> Figures:
-        del run
-        measured = sae_jax.evaluate(
-            sae,
-            subject,
-            opened,
-            ("reconstruction", "density"),
-            config=EvaluateConfig(rows=opened.rows("heldout")),
-        )["metrics"]
-        found = measured["reconstruction"] | measured["density"]
-        return {name: found[name]["value"] for name in ("nmse", "dead_fraction")}
-
-    return figures
+    return measure_heldout(store, ("nmse", "dead_fraction"))
 
 
 def print_table(runs: Runs) -> None:

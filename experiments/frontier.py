@@ -58,14 +58,19 @@ counted all latents: they started from codes cut at 512.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
-from runs import Figures, Runs, print_header, print_row, spread, start
+from runs import (
+    Figures,
+    Runs,
+    measure_heldout,
+    print_header,
+    print_row,
+    spread,
+    start,
+)
 
-import sae_jax
 from sae_jax.config import DataConfig, OptimizerConfig, SaeConfig, TrainConfig
-from sae_jax.evals import EvaluateConfig
 
 SEEDS = (0, 1, 2)
 L0_RANGE = (8, 128)
@@ -118,22 +123,8 @@ def get_config(
 
 def measure(store: str) -> Callable[..., Figures]:
     """The figures of an SAE on 65,536 held-out rows."""
-    subject, opened = sae_jax.load_subject(), sae_jax.open_store(store)
     names = ("nmse", "l0", "l0_cut", "shrinkage", "dead_fraction")
-
-    def figures(sae: Any, *run: Any) -> Figures:
-        del run
-        measured = sae_jax.evaluate(
-            sae,
-            subject,
-            opened,
-            ("reconstruction", "density"),
-            config=EvaluateConfig(rows=65_536),
-        )["metrics"]
-        found = measured["reconstruction"] | measured["density"]
-        return {name: found[name]["value"] for name in names}
-
-    return figures
+    return measure_heldout(store, names, rows=65_536)
 
 
 def sweep(runs: Runs) -> Iterator[tuple[str, float, float, list[Figures]]]:

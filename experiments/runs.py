@@ -13,6 +13,7 @@ from absl import app, flags, logging
 
 import sae_jax
 from sae_jax.config import TrainConfig
+from sae_jax.evals import EvaluateConfig
 
 Figures = dict[str, Any]
 
@@ -68,6 +69,23 @@ def start(
         print_table(Runs(out.value, of_store, measure(store.value)))
 
     app.run(main)
+
+
+def measure_heldout(
+    store: str, names: Sequence[str], rows: int | None = None
+) -> Callable[..., Figures]:
+    """A `measure` for `Runs`: these figures on so many held-out rows, or on all."""
+    subject, opened = sae_jax.load_subject(), sae_jax.open_store(store)
+    config = EvaluateConfig(rows=rows or opened.rows("heldout"))
+
+    def figures(sae: Any, *run: Any) -> Figures:
+        del run
+        metrics = ("reconstruction", "density")
+        results = sae_jax.evaluate(sae, subject, opened, metrics, config=config)
+        measured = results["metrics"]["reconstruction"] | results["metrics"]["density"]
+        return {name: measured[name]["value"] for name in names}
+
+    return figures
 
 
 def spread(values: Iterable[float], places: int) -> str:

@@ -86,7 +86,7 @@ def train(
         stack.callback(checkpoints.close)
         start, train_state = _start_or_resume(setup, store, checkpoints)
         files.write_whole(workdir / CONFIG_FILE, configs.to_json(setup.config))
-        print(_describe(setup, start), file=sys.stderr)
+        print(_describe(config, setup, start), file=sys.stderr)
         writers = _open_writers(workdir, start, writer)
         stack.callback(writers.close)
         stack.callback(profile.close)
@@ -232,19 +232,25 @@ class _Profile:
             jax.profiler.stop_trace()
 
 
-def _describe(setup: Setup, start: int) -> str:
-    """One line: what is trained, on what, where, and for how long."""
-    config, shape = setup.config, setup.mesh.shape
-    sparsity = f"λ {config.sae.sparsity_coefficient}"
-    if config.sae.architecture in configs.CHOOSE_K:
-        sparsity = f"k {config.sae.k}"
-    return (
-        f"train: {config.sae.architecture}, {config.sae.n_latents:,} latents, "
-        f"{sparsity}, {setup.site} of "
-        f"{config.data.store}, mesh {shape[meshes.DATA]} x {shape[meshes.LATENT]} "
+def _describe(config: TrainConfig, setup: Setup, start: int) -> str:
+    """What is trained, on what, where and for how long; below it what else is set."""
+    shape, sparsity = setup.mesh.shape, configs.sparsity(config.sae)
+    first = (
+        f"{config.sae.architecture}, {config.sae.n_latents:,} latents, "
+        f"{', '.join(f'{name} {value:g}' for name, value in sparsity.items())}, "
+        f"{setup.site} of {setup.config.data.store}, "
+        f"mesh {shape[meshes.DATA]} x {shape[meshes.LATENT]} "
         f"(data x latent), from step {start:,} to {config.n_steps:,} of "
         f"{config.data.batch_rows:,} rows each"
     )
+    told = (
+        *_MAY_CHANGE,
+        "data.",
+        *(f"sae.{name} =" for name in ("architecture", "n_latents", *sparsity)),
+    )
+    changed = [f"{name} = {value!r}" for name, value in configs.changed(config).items()]
+    further = ", ".join(text for text in changed if not text.startswith(told))
+    return f"train: {first}" + (f"\ntrain: {further}" if further else "")
 
 
 def _open_store(config: TrainConfig) -> Store:

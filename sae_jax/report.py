@@ -21,7 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator
 
-from sae_jax.evals import EvaluateConfig, evaluate, format_value
+from sae_jax.config import CHOOSE_K
+from sae_jax.evals import EvaluateConfig, evaluate, format_name, format_value
 from sae_jax.files import write_whole
 from sae_jax.mesh import make_mesh
 from sae_jax.run import CONFIG_FILE, METRICS_FILE, load, read_config, read_step
@@ -42,7 +43,9 @@ _MEANINGS = {
     "mse_over_power": "squared error over squared norm, mean over rows",
     "fvu_batch": "squared error over that of each batch's mean row",
     "cosine": "between row and reconstruction",
+    "shrinkage": "length of reconstructions: below 1 where they are too short",
     "l0": "latents above 0 on a row",
+    "l0_cut": "further ones, which sae.max_active leaves out of a code",
     "n_dead": "latents that fire on none of the rows read",
     "dead_fraction": "their share of all latents",
     "ce_clean": "cross-entropy of the subject, nats a token",
@@ -53,6 +56,14 @@ _MEANINGS = {
     "kl": "from clean predictions to those on the reconstruction, nats",
     "recovered_from_mean": "share of the loss of mean ablation that the SAE recovers",
     "recovered_from_zero": "the same against zero ablation, which flatters",
+}
+_AUXK_MEANING = (
+    "the share of the residual that the dead latents leave unexplained: 1 is all of "
+    "it, and 0 says that none is dead"
+)
+# What `aux_loss` is while training; other architectures have none.
+_AUX_LOSS_MEANINGS = dict.fromkeys(CHOOSE_K, _AUXK_MEANING) | {
+    "gated": "the error of a reconstruction from the gate's values, not the magnitudes"
 }
 # Scalars of metrics.jsonl that are drawn over rows, and whether on a log scale.
 _CURVES = {"nmse": True, "aux_loss": False, "n_dead": False, "l0": False}
@@ -139,8 +150,10 @@ def write_report(
     density = results["metrics"].get("density")
     page = _load_template().render(
         results=results,
+        name=format_name(results),
         headlines={name: figures[name] for name in _HEADLINES if name in figures},
         meanings=_MEANINGS,
+        aux_loss_meaning=_AUX_LOSS_MEANINGS.get(results["architecture"]),
         curves={
             name: _draw_curve(name, metrics_rows, is_log)
             for name, is_log in _CURVES.items()

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from sae_jax.config import TrainConfig, settings_of
+
 # Runs the dispatcher once for each list of arguments on stdin, in one process because
 # importing JAX takes seconds; a command `fake` raises what its first argument names.
 DRIVER = '''
@@ -72,6 +74,7 @@ OTHER = [
     [],
     ["--help"],
     ["fake", "--help"],
+    ["train", "--help"],
     ["fake", "bug"],
     ["fake", "value", "--verbosity=1"],
     ["fake", "--cpu_devices=40", "--size=7", "--verbosity=-1"],
@@ -122,6 +125,17 @@ def test_help_of_a_command_starts_with_what_it_is_for(outcomes):
     assert status == 0
     assert out.startswith("What it is for.\n")
     assert out.index("--size") < out.index("--cpu_devices")
+
+
+def test_help_of_train_tells_of_every_field(outcomes):
+    status, out, _ = outcomes['["train", "--help"]']
+    assert status == 0 and max(map(len, out.splitlines())) <= 88
+    assert "--config.sae.prefixes=1024,4096" in out
+    told = " ".join(out.split())
+    for name, field in settings_of(TrainConfig).items():
+        assert f" {name} = {field.default!r} {field.metadata['meaning']}" in told
+    assert "what makes codes sparse; one of topk, batch_topk, relu" in told
+    assert "weight of the penalty; to be given; only for relu, " in told
 
 
 def test_bugs_and_verbose_errors_keep_their_traceback(outcomes):

@@ -63,27 +63,38 @@ def test_fields_that_a_file_lacks_have_their_defaults():
 
 def test_overrides_of_the_command_line_reach_the_run(tmp_path):
     """Where a field of another architecture is needed, and where it is a tuple."""
-    (tmp_path / "run.py").write_text(RUN)
     overrides = [
         {"sae.architecture": "relu", "sae.sparsity_coefficient": "0.1"},
-        {"sae.prefixes": "(16, 64, 128)", "optimizer.clip_norm": "1"},
+        {"sae.prefixes": "16,64,128", "optimizer.clip_norm": "1"},
     ]
+    relu, matryoshka = _override(tmp_path, RUN, overrides)
+    start = SaeConfig(n_latents=128)
+    change = dict(architecture="relu", sparsity_coefficient=0.1)
+    assert relu == TrainConfig(dataclasses.replace(start, **change))
+    sae = dataclasses.replace(start, prefixes=(16, 64, 128))
+    assert matryoshka == TrainConfig(sae, OptimizerConfig(clip_norm=1.0))
+
+
+def test_a_tuple_may_be_set_back_to_the_empty_one(tmp_path):
+    nested = RUN.replace("128", "128, prefixes=(16, 128)")
+    (flat,) = _override(tmp_path, nested, [{"sae.prefixes": "()"}])
+    assert flat == TrainConfig(SaeConfig(n_latents=128))
+
+
+def _override(folder, file: str, overrides: list[dict[str, str]]) -> list[TrainConfig]:
+    """The configs that `sae-jax train` gets from a config file and these overrides."""
+    (folder / "run.py").write_text(file)
     cases = [[f"--config.{n}={v}" for n, v in case.items()] for case in overrides]
     done = subprocess.run(
         [sys.executable, "-c", DRIVER],
         input=json.dumps(cases),
         text=True,
         capture_output=True,
-        cwd=tmp_path,
+        cwd=folder,
     )
     assert done.returncode == 0 and not done.stderr, done.stderr
     texts = map(json.loads, done.stdout.splitlines())
-    relu, matryoshka = (configs.from_json(TrainConfig, t, "x") for t in texts)
-    start = SaeConfig(n_latents=128)
-    change = dict(architecture="relu", sparsity_coefficient=0.1)
-    assert relu == TrainConfig(dataclasses.replace(start, **change))
-    sae = dataclasses.replace(start, prefixes=(16, 64, 128))
-    assert matryoshka == TrainConfig(sae, OptimizerConfig(clip_norm=1.0))
+    return [configs.from_json(TrainConfig, text, "x") for text in texts]
 
 
 @pytest.mark.parametrize(
@@ -159,8 +170,48 @@ def test_k_aux_is_at_most_the_latents():
     assert configs.k_aux(SaeConfig(n_latents=64, k=4), 4096) == 64
 
 
-def test_field_names_reach_every_leaf():
-    names = configs.field_names(TrainConfig)
-    assert {"sae.k", "data.lanes", "seed"} <= set(names)
+def test_settings_reach_every_leaf_and_say_what_they_mean():
+    settings = configs.settings_of(TrainConfig)
+    assert {"sae.k", "data.lanes", "seed"} <= set(settings)
     leaves = str(dataclasses.asdict(TrainConfig())).count(": ") - 4  # four groups
-    assert len(names) == leaves
+    assert len(settings) == leaves
+    for name, field in settings.items():
+        meaning, given = field.metadata["meaning"], name == "sae.sparsity_coefficient"
+        assert meaning and (field.default is not None or "None: " in meaning or given)
+        assert not field.metadata["choices"] or field.default in (
+            None,
+            *field.metadata["choices"],
+        )
+        assert set(field.metadata["only"]) < set(configs.ARCHITECTURES)
+
+
+def test_what_is_changed_is_named_with_its_value():
+    assert configs.changed(TrainConfig()) == {}
+    sae = SaeConfig(architecture="jumprelu", sparsity_coefficient=0.5, use_b_enc=False)
+    config = TrainConfig(sae, OptimizerConfig(clip_norm=2), seed=3)
+    assert configs.changed(config) == {
+        "sae.architecture": "jumprelu",
+        "sae.use_b_enc": False,
+        "sae.sparsity_coefficient": 0.5,
+        "optimizer.clip_norm": 2.0,
+        "seed": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        (dict(k=3), dict(k=3)),
+        (dict(architecture="batch_topk", k=3), dict(k=3)),
+        (
+            dict(architecture="relu", sparsity_coefficient=0.5),
+            dict(sparsity_coefficient=0.5),
+        ),
+        (
+            dict(architecture="jumprelu", sparsity_coefficient=0, target_l0=9),
+            dict(sparsity_coefficient=0, target_l0=9),
+        ),
+    ],
+)
+def test_what_says_how_sparse_codes_are(fields, expected):
+    assert configs.sparsity(SaeConfig(**fields)) == expected

@@ -69,7 +69,8 @@ def test_the_configs_that_these_tests_spoil_are_good(architecture):
         (lambda: SaeConfig(k="32"), "sae.k = '32' is not of type int"),
         (lambda: SaeConfig(multi_topk=1), "sae.multi_topk = 1 is not of type bool"),
         (lambda: SaeConfig(prefixes=(1.5, 64)), "is not a tuple of whole numbers"),
-        (lambda: SaeConfig(prefixes="16"), "'16' is not a tuple of whole numbers"),
+        (lambda: SaeConfig(prefixes="16"), "'16' is not a tuple of whole numbers, su"),
+        (lambda: SaeConfig(normalization=1), "sae.normalization = 1 is not of type st"),
         (lambda: TrainConfig(sae=None), "sae = None is not of type SaeConfig"),
         (lambda: OptimizerConfig(learning_rate=float("nan")), "must be finite"),
         (lambda: OptimizerConfig(clip_norm=float("inf")), "clip_norm = inf: must be f"),
@@ -112,8 +113,11 @@ def test_an_sae_that_cannot_be_is_refused(make, message):
 
 @pytest.mark.parametrize("architecture", PENALISED)
 def test_a_penalised_architecture_needs_its_coefficient(architecture):
-    message = f"sparsity_coefficient is not set: .* codes of {architecture} sparse"
+    message = f"_coefficient is not set: .* codes of {architecture} sparse; begin with"
     _refuses(lambda: _sae(architecture, sparsity_coefficient=None), message)
+    if architecture == "jumprelu":
+        fields = dict(sparsity_coefficient=None, target_l0=4.0)
+        _refuses(lambda: _sae(architecture, **fields), "sparse; with sae.target_l0")
     message = "sparsity_coefficient = -0.1: must be at least 0"
     _refuses(lambda: _sae(architecture, sparsity_coefficient=-0.1), message)
 
@@ -169,7 +173,7 @@ def test_a_field_is_refused_where_it_means_nothing(architecture, field, value, r
         ),
         (
             lambda: _run("topk", k_start=4, k_anneal_rows=64),
-            "k_start = 4: must be above sae.k = 4 and at most 64",
+            "k_start = 4: must be above sae.k = 4 and at most 64, which is sae.n_lat",
         ),
         (
             lambda: _run("topk", k_start=65, k_anneal_rows=64),
@@ -182,7 +186,7 @@ def test_a_field_is_refused_where_it_means_nothing(architecture, field, value, r
                 k_start=17,
                 k_anneal_rows=64,
             ),
-            "k_start = 17: must be above sae.k = 4 and at most 16",
+            "at most 16, which is sae.n_latents / 4, as sae.multi_topk chooses 4 K",
         ),
         *(
             (

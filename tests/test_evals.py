@@ -210,10 +210,23 @@ def test_results_are_json_and_a_table(subject, store):
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     table = format_table(results)
     assert max(len(line) for line in table.splitlines()) <= 80
-    assert f"{L} latents at {SITE} of planted, 336 held-out rows" in table
+    assert (results["architecture"], results["sparsity"]) == ("topk", {"k": K})
+    assert table.startswith(
+        f"topk, k {K}\n{L} latents at {SITE} of planted, 336 held-out rows\n"
+    )
     assert "fewer rows than the 200,000 wanted" in table
     for name in _values(results):
         assert f"\n  {name} " in table
+
+
+def test_a_table_names_what_stands_in_for_k(subject, store):
+    sae = planted.make_sae(planted.random_params())
+    results = evaluate(sae, subject, store, (), config=SMALL) | {
+        "architecture": "jumprelu",
+        "sparsity": {"sparsity_coefficient": 0.004, "target_l0": 20.0},
+    }
+    first = format_table(results).splitlines()[0]
+    assert first == "jumprelu, sparsity_coefficient 0.004, target_l0 20"
 
 
 def test_an_error_ends_the_progress_line(subject, store, monkeypatch):

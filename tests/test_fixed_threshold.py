@@ -125,6 +125,18 @@ def test_a_mean_l0_that_cannot_be_is_refused(l0, shown):
         fit_threshold(_make_sae("topk"), _acts(), l0)
 
 
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 4)])
+def test_an_l0_beyond_the_latents_above_0_is_refused_with_the_most(mesh_shape):
+    sae = _make_sae("topk", mesh_shape)
+    n_above = int((_pre_bl(sae) > 0).sum())
+    with pytest.raises(ValueError, match=f"l0 = {L}: these 64 rows") as caught:
+        fit_threshold(sae, _acts(), L)
+    most = float(str(caught.value).rpartition(" ")[2])
+    assert most <= n_above / (4 * B) < most + 1e-3
+    threshold = fit_threshold(sae, _acts(), most)
+    assert (_pre_bl(sae) > threshold).sum() == n_above
+
+
 def test_a_threshold_below_zero_is_refused():
     with pytest.raises(ValueError, match="^threshold = -0.1: must be at least 0"):
         with_fixed_threshold(_make_sae("topk"), -0.1)

@@ -15,8 +15,16 @@ from synthetic import Killed, KillAt
 
 from sae_jax import files, loop, run, writers
 from sae_jax.checkpoint import Checkpoints
-from sae_jax.config import DataConfig, MeshConfig, OptimizerConfig
+from sae_jax.config import (
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    SaeConfig,
+    TrainConfig,
+)
 from sae_jax.mesh import make_mesh
+from sae_jax.step import validate
+from sae_jax.store import open_store
 
 ONE = MeshConfig(1, 1)
 
@@ -48,6 +56,32 @@ def test_a_run_leaves_its_folder(undisturbed):
     assert run.read_config(workdir).sae.d_model == 16
     kept = sorted(path.name for path in (workdir / "checkpoints").iterdir())
     assert kept == ["16", "24"]
+
+
+def test_a_run_tells_what_it_is_and_what_else_is_set(planted_store, tmp_path, capsys):
+    start = dict(mesh=ONE, rows=64, dead_after_rows=10**6)
+    sae = SaeConfig(n_latents=128, k=3, prefixes=(32, 128), aux_coefficient=0)
+    annealing = dict(k_start=4, k_anneal_rows=64)
+    config = synthetic.make_config(planted_store, **start, **annealing, sae=sae)
+    loop.train(config, tmp_path)
+    first, further = capsys.readouterr().err.splitlines()[:2]
+    assert first.startswith("train: topk, 128 latents, k 3, resid_post.3 of ")
+    assert first.endswith("from step 0 to 1 of 64 rows each")
+    assert further == (
+        "train: sae.aux_coefficient = 0.0, sae.prefixes = (32, 128), "
+        "optimizer.learning_rate = 0.003, dead_after_rows = 1000000, k_start = 4, "
+        "k_anneal_rows = 64"
+    )
+
+
+def test_a_penalised_run_names_its_penalty(planted_store):
+    penalty = dict(sparsity_coefficient=0.5, target_l0=4.0)
+    sae = SaeConfig(architecture="jumprelu", n_latents=128, **penalty)
+    config = TrainConfig(sae, data=DataConfig(store=str(planted_store), lanes=4))
+    setup = validate(config, make_mesh(ONE), open_store(planted_store))
+    text = loop._describe(config, setup, 7)
+    assert "jumprelu, 128 latents, sparsity_coefficient 0.5, target_l0 4, " in text
+    assert "from step 7 to " in text and "\n" not in text
 
 
 @pytest.mark.parametrize("step", [1, 8, 13])

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import planted
 import pytest
-from planted import SITE, L, T
+from planted import SITE, K, L, T
 
 from sae_jax import report
 from sae_jax.config import to_json
@@ -109,7 +109,8 @@ def test_every_figure_latent_and_plot_is_there(page):
                 assert name in parsed.text
                 assert report.format_value(figure["value"]) in parsed.text
     assert "fewer rows than the 200,000" in re.sub(r"\s+", " ", parsed.text)
-    assert f"{L} latents at {SITE}" in parsed.text
+    # In the title and in the heading.
+    assert parsed.text.count(f"topk, k {K}: {L} latents at {SITE}") == 2
     for view in views:
         assert f"latent {view.latent}" in parsed.text
     assert parsed.tags.count("svg") == 5  # four curves and the histogram
@@ -140,6 +141,39 @@ def test_a_run_that_has_not_trained_has_no_curves(run, page, tmp_path):
     results = results | {"metrics": {}}
     text = report.write_report(tmp_path, results, [], []).read_text(encoding="utf-8")
     assert "<svg" not in text and "What latents fire on" not in text
+
+
+def test_every_figure_says_what_it_means(page):
+    _, results, _ = page
+    shown = {
+        name
+        for figures in results["metrics"].values()
+        for name, figure in figures.items()
+        if "value" in figure
+    }
+    assert {"shrinkage", "l0_cut"} < shown == set(report._MEANINGS)
+
+
+@pytest.mark.parametrize(
+    "architecture, meaning",
+    [
+        ("topk", "aux_loss is the share of the residual that the dead"),
+        ("batch_topk", "aux_loss is the share of the residual that the dead"),
+        ("gated", "aux_loss is the error of a reconstruction from the gate"),
+        ("relu", None),
+    ],
+)
+def test_aux_loss_is_told_as_its_run_has_it(page, tmp_path, architecture, meaning):
+    _, results, _ = page
+    (tmp_path / "config.json").write_text("{}")
+    rows = METRICS_ROWS
+    if meaning is None:
+        rows = [{k: v for k, v in row.items() if k != "aux_loss"} for row in rows]
+    results = results | {"architecture": architecture, "metrics": {}}
+    text = report.write_report(tmp_path, results, [], rows).read_text(encoding="utf-8")
+    told = " ".join(_Page(text).text.split())
+    assert "n_dead counts" in told
+    assert meaning in told if meaning else "aux_loss" not in told
 
 
 def test_evaluate_run_leaves_both_files(run, monkeypatch):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from sae_jax.config import TrainConfig, field_names
+from sae_jax.config import TrainConfig, settings_of
 
 _FAILED = 1
 _MISUSED = 2
@@ -58,7 +58,7 @@ def misuse(error: Exception, arguments: list[str]) -> Misuse:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if isinstance(error, KeyError):
         for override in filter(None, map(_OVERRIDE.match, arguments)):
-            if override[1] not in field_names(TrainConfig):
+            if override[1] not in settings_of(TrainConfig):
                 return _unknown_field("--config." + override[1], override[1])
     if isinstance(error, flags.UnrecognizedFlagError):
         if error.flagname.startswith("config."):
@@ -96,7 +96,7 @@ def _unknown_field(where: str, path: str) -> Misuse:
         last, wanted = name.split(".")[-1], path.split(".")[-1]
         return _ratio(last, wanted) + _ratio(name, path)
 
-    names = field_names(TrainConfig)
+    names = settings_of(TrainConfig)
     nearest = max(names, key=likeness)
     near = likeness(nearest) >= _NEAR
     hint = f"did you mean {nearest!r}?" if near else f"known: {', '.join(names)}"

@@ -7,14 +7,15 @@ The config file has a `get_config()` that returns a sae_jax.config.TrainConfig; 
 field can be overridden by its dotted name. The same command resumes after a kill.
 """
 
-import operator
+import dataclasses
+import textwrap
 from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import config_flags
 
 from sae_jax.cli.errors import Misuse
-from sae_jax.config import TrainConfig, field_names
+from sae_jax.config import TrainConfig, settings_of
 from sae_jax.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -25,11 +26,14 @@ _PROFILE_STEPS = flags.DEFINE_list(
     "profile_steps", None, "profile the steps FIRST,STOP (STOP not included)"
 )
 
-# Shown by --help, behind the docstring above.
-__doc__ += "\nFields and their defaults; None is derived:\n\n" + "".join(
-    f"    {name} = {operator.attrgetter(name)(TrainConfig())!r}\n"
-    for name in field_names(TrainConfig)
-)
+_SYNTAX = """
+A switch is given as --config.sae.multi_topk or --noconfig.sae.use_b_enc, a tuple as
+--config.sae.prefixes=1024,4096, an empty one as '--config.sae.prefixes=()'. None cannot
+be given: leave the field out.
+
+Fields and their defaults:
+
+"""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -53,3 +57,20 @@ def _profile_steps() -> tuple[int, int] | None:
     if len(others) != 1 or not first.isdigit() or not others[0].isdigit():
         raise Misuse("--profile_steps wants two step numbers, as 10,15")
     return int(first), int(others[0])
+
+
+def _describe(name: str, field: dataclasses.Field) -> str:
+    """A field, its default, and beneath what it means and may be."""
+    text = field.metadata["meaning"]
+    if field.metadata["choices"]:
+        text += f"; one of {', '.join(field.metadata['choices'])}"
+    if field.metadata["only"]:
+        text += f"; only for {', '.join(field.metadata['only'])}"
+    lines = textwrap.wrap(text, 72, break_on_hyphens=False)
+    return "\n        ".join((f"    {name} = {field.default!r}", *lines))
+
+
+# Shown by --help, behind the docstring above.
+__doc__ += _SYNTAX + "\n".join(
+    _describe(name, field) for name, field in settings_of(TrainConfig).items()
+)

@@ -6,15 +6,17 @@ run folder keeps the result as ``config.json``. Field checks are in ``__post_ini
 because an override is set after construction, `checked` runs them again. Checks that
 need the mesh or the store are in `sae_jax.step.validate`.
 
-A field that is ``None`` is derived; its comment says from what. What lasts is given in
-rows, so that it does not move with the batch size.
+A field is a `setting`: default, meaning and choices in one place, which `sae-jax train
+--help` shows. Where a field may be None, its meaning says what None stands for. What
+lasts is given in rows, so that it does not move with the batch size.
 """
 
 from sae_jax.config.fields import (
+    changed,
     checked,
-    field_names,
     from_json,
     nearest_name,
+    settings_of,
     to_json,
 )
 from sae_jax.config.sae import (
@@ -25,6 +27,7 @@ from sae_jax.config.sae import (
     SaeConfig,
     k_aux,
     max_active,
+    sparsity,
     subtracts_b_dec,
 )
 from sae_jax.config.train import (
@@ -45,13 +48,15 @@ __all__ = [
     "OptimizerConfig",
     "SaeConfig",
     "TrainConfig",
+    "changed",
     "checked",
-    "field_names",
     "from_json",
     "k_aux",
     "learning_rate",
     "max_active",
     "nearest_name",
+    "settings_of",
+    "sparsity",
     "subtracts_b_dec",
     "to_json",
 ]

@@ -1,15 +1,55 @@
-"""What every config does: check its fields, be copied, become JSON and come back."""
+"""What every config does: tell of its fields, check them, become JSON and come back."""
 
 import dataclasses
 import difflib
 import json
 import math
+import operator
 import types
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
 _Config = TypeVar("_Config")
+_Value = TypeVar("_Value")
+
+
+def setting(
+    default: _Value,
+    meaning: str,
+    choices: tuple[str, ...] = (),
+    only: tuple[str, ...] = (),
+) -> _Value:
+    """A field of a config, and what `sae-jax train --help` says of it.
+
+    Args:
+        default: of the field.
+        meaning: one line; where the field may be None, with what None stands for.
+        choices: what it may be; anything else is refused.
+        only: the architectures that read it, where not all do.
+    """
+    metadata = {"meaning": meaning, "choices": choices, "only": only}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def settings_of(config_type: Any, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """All leaf fields of a config type, by their dotted names."""
+    found: dict[str, dataclasses.Field] = {}
+    for field in dataclasses.fields(config_type):
+        if dataclasses.is_dataclass(field.type):
+            found |= settings_of(field.type, f"{prefix}{field.name}.")
+        else:
+            found[prefix + field.name] = field
+    return found
+
+
+def changed(config: Any) -> dict[str, Any]:
+    """Values of the leaf fields that are not at their default, by dotted names."""
+    values = {
+        name: (operator.attrgetter(name)(config), field.default)
+        for name, field in settings_of(type(config)).items()
+    }
+    return {name: value for name, (value, usual) in values.items() if value != usual}
 
 
 def checked(config: _Config) -> _Config:
@@ -44,19 +84,6 @@ def nearest_name(name: str, names: typing.Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
 
 
-def field_names(config: Any, prefix: str = "") -> list[str]:
-    """Dotted names of all leaf fields of a config or a config type."""
-    names = []
-    for name, hint in typing.get_type_hints(
-        config if isinstance(config, type) else type(config)
-    ).items():
-        if dataclasses.is_dataclass(hint):
-            names += field_names(hint, f"{prefix}{name}.")
-        else:
-            names.append(prefix + name)
-    return names
-
-
 def _from_dict(config_type: Any, values: Any, prefix: str) -> Any:
     hints = typing.get_type_hints(config_type)
     if not isinstance(values, dict):
@@ -75,11 +102,25 @@ def _from_dict(config_type: Any, values: Any, prefix: str) -> Any:
     return config_type(**fields)
 
 
-def check_types(config: Any, prefix: str) -> None:
-    """Refuses a field that is not of its declared type, or not finite.
+def check_fields(config: Any, prefix: str) -> None:
+    """Refuses a field that is not of its declared type, not finite, or no choice of it.
 
     An int where a float is declared becomes one.
     """
+    _check_types(config, prefix)
+    for field in dataclasses.fields(config):
+        choices, value = field.metadata.get("choices"), getattr(config, field.name)
+        if choices and value is not None and value not in choices:
+            hint = nearest_name(value, choices)
+            raise ValueError(f"{prefix}{field.name} = {value!r}: {hint}")
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    if value < least:
+        raise ValueError(f"{name} = {value}: must be at least {least}")
+
+
+def _check_types(config: Any, prefix: str) -> None:
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         if typing.get_origin(hint) is tuple:
@@ -95,18 +136,11 @@ def check_types(config: Any, prefix: str) -> None:
             raise ValueError(f"{prefix}{name} = {value}: must be finite")
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} = {value!r}: {nearest_name(str(value), choices)}")
-
-
-def check_at_least(name: str, value: float, least: float) -> None:
-    if value < least:
-        raise ValueError(f"{name} = {value}: must be at least {least}")
-
-
 def _whole_numbers(value: Any, name: str) -> tuple[int, ...]:
     """A tuple of ints; JSON has it as a list."""
     if not isinstance(value, (list, tuple)) or any(type(v) is not int for v in value):
-        raise ValueError(f"{name} = {value!r} is not a tuple of whole numbers")
+        raise ValueError(
+            f"{name} = {value!r} is not a tuple of whole numbers, such as (128, 512) "
+            "or ()"
+        )
     return tuple(value)

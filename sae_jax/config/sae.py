@@ -3,7 +3,13 @@
 import dataclasses
 import math
 
-from sae_jax.config.fields import check_at_least, check_choice, check_types
+from sae_jax.config.fields import (
+    changed,
+    check_at_least,
+    check_fields,
+    setting,
+    settings_of,
+)
 
 ARCHITECTURES = (
     "topk",
@@ -24,60 +30,84 @@ NORMALIZATIONS = (
 )
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
-_PENALISED = tuple(name for name in ARCHITECTURES if name not in CHOOSE_K)
-# Fields that only some architectures read; others must leave them at their default.
-_READ_BY = {
-    "norm_weighted": ("topk",),
-    "multi_topk": ("topk",),
-    "prefixes": CHOOSE_K,
-    "k_aux": CHOOSE_K,
-    "aux_coefficient": CHOOSE_K,
-    "sparsity_coefficient": _PENALISED,
-    "target_l0": ("jumprelu",),
-    "initial_threshold": ("jumprelu",),
-    "bandwidth": ("jumprelu",),
-    "max_active": tuple(name for name in ARCHITECTURES if name != "topk"),
-}
+PENALISED = tuple(name for name in ARCHITECTURES if name not in CHOOSE_K)
 _MOST_ACTIVE = 512
-# Gave an L0 of 10 to 70 in experiments/frontier.py.
-_FIRST_TRY = dict.fromkeys(_PENALISED, 0.1) | {"jumprelu": 0.004}
+# Values around these gave an L0 of 14 to 97 in experiments/frontier.py, which leaves
+# relu_decoder_norm out.
+_FIRST_TRY = dict.fromkeys(PENALISED, 0.1) | {"jumprelu": 0.004}
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class SaeConfig:
     """One SAE. Its file in `sae_jax/saes/` has the equations."""
 
-    architecture: str = "topk"
-    d_model: int | None = None  # the width of the store's site
-    n_latents: int = 4096
-    normalization: str = "center_unit_norm"
-    use_b_enc: bool = True
-    subtract_b_dec: bool | None = None  # True; False for relu_decoder_norm
-    rescale_encoder: bool = False  # start with reconstructions as long as their inputs
-    firing_threshold: float = 0.0  # a latent fires where its value is above this
-    compute_dtype: str | None = None  # float32 on a CPU, bfloat16 elsewhere
+    architecture: str = setting("topk", "what makes codes sparse", ARCHITECTURES)
+    d_model: int | None = setting(None, "width of a row; None: the store's")
+    n_latents: int = setting(4096, "how many latents")
+    normalization: str = setting(
+        "center_unit_norm", "of rows, into the SAE's space", NORMALIZATIONS
+    )
+    use_b_enc: bool = setting(True, "the encoder has a bias")
+    subtract_b_dec: bool | None = setting(
+        None,
+        "the encoder sees rows less b_dec; None: True, but False for relu_decoder_norm",
+    )
+    rescale_encoder: bool = setting(
+        False, "start with reconstructions as long as their inputs"
+    )
+    firing_threshold: float = setting(
+        0.0, "in training, a latent fires where its value is above this"
+    )
+    compute_dtype: str | None = setting(
+        None,
+        "of the factors of matmuls; None: float32 on a CPU, bfloat16 elsewhere",
+        COMPUTE_DTYPES,
+    )
 
-    # topk and batch_topk
-    k: int = 32  # latents chosen of a row; of batch_topk, on average
-    k_aux: int | None = None  # the power of two nearest to d_model / 2
-    aux_coefficient: float = 1 / 32
-    multi_topk: bool = False  # adds 1/8 of the loss at 4 K (topk)
-    norm_weighted: bool = False  # free decoder rows, chosen by value x norm (topk)
-    prefixes: tuple[int, ...] = ()  # Matryoshka: rising, the last is n_latents
+    k: int = setting(
+        32, "latents chosen of a row, of batch_topk on average; the others ignore it"
+    )
+    k_aux: int | None = setting(
+        None,
+        "dead latents that AuxK chooses; None: the power of two nearest to d_model / 2",
+        only=CHOOSE_K,
+    )
+    aux_coefficient: float = setting(
+        1 / 32, "weight of AuxK's loss, which is to revive dead latents", only=CHOOSE_K
+    )
+    multi_topk: bool = setting(
+        False, "add 1/8 of the loss of a code of 4 K latents", only=("topk",)
+    )
+    norm_weighted: bool = setting(
+        False, "decoder rows of any norm; chosen by value x norm", only=("topk",)
+    )
+    prefixes: tuple[int, ...] = setting(
+        (), "Matryoshka's nested sizes: rising, the last is n_latents", only=CHOOSE_K
+    )
 
-    # the others
-    sparsity_coefficient: float | None = None  # of the penalty; must be given
-    target_l0: float | None = None  # penalise the distance to it (jumprelu)
-    initial_threshold: float = 1e-3  # jumprelu
-    bandwidth: float = 1e-3  # of the threshold's gradient (jumprelu)
-    max_active: int | None = None  # most latents in a code of `encode`: 512
+    sparsity_coefficient: float | None = setting(
+        None, "weight of the penalty; to be given", only=PENALISED
+    )
+    target_l0: float | None = setting(
+        None,
+        "penalise (L0 / target_l0 - 1)^2: twice the target costs sparsity_coefficient, "
+        "where an nmse of 1 costs 1; None: penalise L0 itself",
+        only=("jumprelu",),
+    )
+    initial_threshold: float = setting(
+        1e-3, "where thresholds start", only=("jumprelu",)
+    )
+    bandwidth: float = setting(
+        1e-3, "width of the threshold's gradient", only=("jumprelu",)
+    )
+    max_active: int | None = setting(
+        None,
+        f"most latents in a code of `encode`; None: {_MOST_ACTIVE}",
+        only=tuple(name for name in ARCHITECTURES if name != "topk"),
+    )
 
     def __post_init__(self) -> None:
-        check_types(self, "sae.")
-        check_choice("sae.architecture", self.architecture, ARCHITECTURES)
-        check_choice("sae.normalization", self.normalization, NORMALIZATIONS)
-        if self.compute_dtype is not None:
-            check_choice("sae.compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        check_fields(self, "sae.")
         check_at_least("sae.n_latents", self.n_latents, 1)
         check_at_least("sae.k", self.k, 1)
         for name in ("d_model", "k_aux", "max_active"):
@@ -112,16 +142,27 @@ def subtracts_b_dec(config: SaeConfig) -> bool:
     return config.subtract_b_dec
 
 
+def sparsity(config: SaeConfig) -> dict[str, float]:
+    """What says how sparse codes are, by the names of its fields."""
+    if config.architecture in CHOOSE_K:
+        return {"k": config.k}
+    penalty = {
+        "sparsity_coefficient": config.sparsity_coefficient,
+        "target_l0": config.target_l0,
+    }
+    return {name: value for name, value in penalty.items() if value is not None}
+
+
 def _check_belongs(config: SaeConfig) -> None:
     """Refuses a field that the architecture would silently ignore."""
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    for name, readers in _READ_BY.items():
-        value = getattr(config, name)
-        if value != defaults[name] and config.architecture not in readers:
+    settings = settings_of(SaeConfig)
+    for name, value in changed(config).items():
+        readers = settings[name].metadata["only"]
+        if readers and config.architecture not in readers:
             raise ValueError(
                 f"sae.{name} = {value!r} means nothing for sae.architecture = "
                 f"{config.architecture!r}, only for {', '.join(readers)}: leave it at "
-                f"{defaults[name]!r}"
+                f"{settings[name].default!r}"
             )
     if not config.use_b_enc and config.architecture in ("prolu", "gated"):
         raise ValueError(
@@ -163,10 +204,15 @@ def _check_prefixes(prefixes: tuple[int, ...], n_latents: int) -> None:
 
 def _check_penalty(config: SaeConfig) -> None:
     if config.sparsity_coefficient is None:
+        first_try = f"begin with {_FIRST_TRY[config.architecture]}"
+        if config.target_l0 is not None:
+            first_try = (
+                "with sae.target_l0, it is what an L0 of twice the target costs, where "
+                "an nmse of 1 costs 1"
+            )
         raise ValueError(
-            f"sae.sparsity_coefficient is not set: nothing else makes the codes of "
-            f"{config.architecture} sparse; begin with "
-            f"{_FIRST_TRY[config.architecture]}"
+            "sae.sparsity_coefficient is not set: nothing else makes the codes of "
+            f"{config.architecture} sparse; {first_try}"
         )
     check_at_least("sae.sparsity_coefficient", config.sparsity_coefficient, 0)
     if config.architecture == "jumprelu" and config.bandwidth <= 0:

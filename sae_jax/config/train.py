@@ -3,8 +3,8 @@
 import dataclasses
 import math
 
-from sae_jax.config.fields import check_at_least, check_types
-from sae_jax.config.sae import CHOOSE_K, SaeConfig
+from sae_jax.config.fields import check_at_least, check_fields, setting
+from sae_jax.config.sae import CHOOSE_K, PENALISED, SaeConfig
 
 _CAN_RESAMPLE = ("relu", "prolu", "gated")
 
@@ -13,17 +13,25 @@ _CAN_RESAMPLE = ("relu", "prolu", "gated")
 class OptimizerConfig:
     """Adam as the paper sets it (Gao et al. 2024, appendix A), and weight averaging."""
 
-    learning_rate: float | None = None  # 2e-4 / sqrt(n_latents / 2**14)
-    warmup_rows: int = 0  # the rate rises to its value over the first rows
-    decay_rows: int = 0  # and falls to zero over the last
-    clip_norm: float | None = None  # the largest norm of the whole gradient
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 6.25e-10
-    ema_decay: float = 0.999
+    learning_rate: float | None = setting(
+        None, "of Adam; None: 2e-4 / sqrt(n_latents / 2**14)"
+    )
+    warmup_rows: int = setting(0, "rows over which the rate rises to its value")
+    decay_rows: int = setting(0, "last rows, over which the rate falls to zero")
+    clip_norm: float | None = setting(
+        None, "largest norm of the whole gradient; None: any norm"
+    )
+    b1: float = setting(0.9, "Adam's decay of the mean of gradients")
+    b2: float = setting(0.999, "Adam's decay of the mean of their squares")
+    eps: float = setting(6.25e-10, "Adam's, added to the root of that mean")
+    ema_decay: float = setting(
+        0.999,
+        "of the average of the weights: it goes back some 1 / (1 - ema_decay) steps, "
+        "and in a run of not many more it lags behind",
+    )
 
     def __post_init__(self) -> None:
-        check_types(self, "optimizer.")
+        check_fields(self, "optimizer.")
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise ValueError(
                 f"optimizer.learning_rate = {self.learning_rate}: must be above 0"
@@ -47,14 +55,14 @@ class DataConfig:
     chunks at a time (see `sae_jax.loader`).
     """
 
-    store: str = ""
-    site: str | None = None  # the store's only site
-    batch_rows: int = 2048
-    lanes: int = 8
-    window_chunks: int = 8
+    store: str = setting("", "folder of the activation store; '' is refused")
+    site: str | None = setting(None, "which of its sites; None: the only one")
+    batch_rows: int = setting(2048, "rows of one step")
+    lanes: int = setting(8, "streams of rows that a batch is woven from")
+    window_chunks: int = setting(8, "chunks of the store that a stream mixes at a time")
 
     def __post_init__(self) -> None:
-        check_types(self, "data.")
+        check_fields(self, "data.")
         for name in ("batch_rows", "lanes", "window_chunks"):
             check_at_least(f"data.{name}", getattr(self, name), 1)
         if self.batch_rows % self.lanes:
@@ -68,11 +76,13 @@ class DataConfig:
 class MeshConfig:
     """How many devices share the batch (`data`) and the latents (`latent`)."""
 
-    data: int = 1
-    latent: int | None = None  # all devices that are left
+    data: int = setting(1, "devices that share a batch")
+    latent: int | None = setting(
+        None, "devices that share the latents; None: as many of the rest as divide them"
+    )
 
     def __post_init__(self) -> None:
-        check_types(self, "mesh.")
+        check_fields(self, "mesh.")
         check_at_least("mesh.data", self.data, 1)
         if self.latent is not None:
             check_at_least("mesh.latent", self.latent, 1)
@@ -86,20 +96,30 @@ class TrainConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    rows: int = 100_000_000
-    dead_after_rows: int = 10_000_000  # the paper's
-    k_start: int | None = None  # begin with more than sae.k latents, and halve
-    k_anneal_rows: int = 0  # over which K comes down to sae.k
-    sparsity_warmup_rows: int = 0  # over which the penalty rises to its coefficient
-    resample_every_rows: int | None = None  # give dead latents a new start
-    n_resamples: int = 4  # so many times
-    seed: int = 0
-    log_every_steps: int = 20
-    checkpoint_every_steps: int = 500
-    checkpoints_kept: int = 2
+    rows: int = setting(100_000_000, "rows to train on")
+    dead_after_rows: int = setting(
+        10_000_000, "a latent is dead that has not fired for so many rows"
+    )
+    k_start: int | None = setting(
+        None, "K to begin with, above sae.k, and to halve; None: sae.k", only=CHOOSE_K
+    )
+    k_anneal_rows: int = setting(
+        0, "rows over which K comes down from k_start to sae.k", only=CHOOSE_K
+    )
+    sparsity_warmup_rows: int = setting(
+        0, "rows over which the penalty rises to its coefficient", only=PENALISED
+    )
+    resample_every_rows: int | None = setting(
+        None, "give dead latents a new start; None: never", only=_CAN_RESAMPLE
+    )
+    n_resamples: int = setting(4, "how often, at most", only=_CAN_RESAMPLE)
+    seed: int = setting(0, "of the first weights and of the order of rows")
+    log_every_steps: int = setting(20, "steps from one line of metrics to the next")
+    checkpoint_every_steps: int = setting(500, "steps from one checkpoint to the next")
+    checkpoints_kept: int = setting(2, "how many of the last are kept")
 
     def __post_init__(self) -> None:
-        check_types(self, "")
+        check_fields(self, "")
         for name in (
             "rows",
             "dead_after_rows",
@@ -194,11 +214,13 @@ def _check_annealing(config: TrainConfig) -> None:
             f"k_start = {k_start} and k_anneal_rows = {config.k_anneal_rows}: give "
             f"both, and at most rows = {config.rows} to anneal over"
         )
-    most = sae.n_latents // 4 if sae.multi_topk else sae.n_latents
+    most, limit = sae.n_latents, "sae.n_latents"
+    if sae.multi_topk:
+        most, limit = most // 4, "sae.n_latents / 4, as sae.multi_topk chooses 4 K"
     if not sae.k < k_start <= most:
         raise ValueError(
             f"k_start = {k_start}: must be above sae.k = {sae.k} and at most {most}, "
-            "the latents that can be chosen"
+            f"which is {limit}"
         )
 
 

@@ -6,12 +6,12 @@ taken over.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
-from sae_jax.config import nearest_name
+from sae_jax.config import nearest_name, sparsity
 from sae_jax.evals import density, downstream, reconstruction
 from sae_jax.evals.context import (
     Context,
@@ -28,6 +28,7 @@ __all__ = [
     "Context",
     "EvaluateConfig",
     "evaluate",
+    "format_name",
     "format_table",
     "format_value",
 ]
@@ -73,6 +74,8 @@ def evaluate(
     n_contexts = len(choose_row_sequences(context, config.rows))
     return {
         "site": context.site,
+        "architecture": sae.config.architecture,
+        "sparsity": sparsity(sae.config),
         "n_latents": sae.n_latents,
         "d_model": sae.d_model,
         "store": str(store.path),
@@ -88,6 +91,7 @@ def evaluate(
 def format_table(results: dict[str, Any]) -> str:
     """The results as a table of at most 80 columns."""
     lines = [
+        format_name(results),
         f"{results['n_latents']:,} latents at {results['site']} of "
         f"{results['subject']['name']}, {results['rows']:,} held-out rows",
     ]
@@ -107,6 +111,12 @@ def format_table(results: dict[str, Any]) -> str:
             if "value" in figure:
                 lines.append(f"  {name:<20}" + _format_figure(figure))
     return "\n".join(lines)
+
+
+def format_name(results: Mapping[str, Any]) -> str:
+    """The architecture, and what says how sparse its codes are."""
+    settings = (f"{name} {value:g}" for name, value in results["sparsity"].items())
+    return ", ".join((results["architecture"], *settings))
 
 
 def format_value(value: float) -> str:

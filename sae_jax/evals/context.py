@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
+from sae_jax.config import SaeConfig
 from sae_jax.mesh import DATA, LATENT, batch_sharding, replicated
 from sae_jax.progress import Progress
 from sae_jax.store import Store
@@ -23,6 +24,7 @@ from sae_jax.subjects import Subject
 class Sae(Protocol):
     """What a metric asks of an architecture; it must be a pytree."""
 
+    config: SaeConfig
     mesh: Mesh
     site: str
 

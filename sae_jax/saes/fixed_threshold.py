@@ -6,9 +6,13 @@ be computed alone. What comes out is a JumpReLU SAE whose thresholds are all θ.
 TopK bears this for a mean L0 up to its K; Multi-TopK also beyond.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import topk
@@ -37,16 +41,19 @@ def fit_threshold(sae: TopKSae | BatchTopKSae, acts_bd: jax.Array, l0: float) ->
 
     def on_shard(normed_bd, weights):  # type: ignore[no-untyped-def]
         pre_bl = nnx.relu(sae.project(normed_bd, weights) + weights.get("b_enc_l", 0))
-        return [topk.nth_largest(pre_bl, n, (DATA, LATENT)) for n in around]
+        n_above_b = lax.psum(jnp.sum(pre_bl > 0, axis=1, dtype=jnp.int32), LATENT)
+        return [topk.nth_largest(pre_bl, n, (DATA, LATENT)) for n in around], n_above_b
 
     around = (n_kept, n_kept + 1)
-    least, next_to_it = jax.shard_map(
-        on_shard, mesh=sae.mesh, in_specs=(ROWS, specs), out_specs=P()
+    (least, next_to_it), n_above_b = jax.shard_map(
+        on_shard, mesh=sae.mesh, in_specs=(ROWS, specs), out_specs=(P(), P(DATA))
     )(sae.normalize(acts_bd)[0], weights)
     if least == 0:
+        mean = np.asarray(n_above_b).mean(dtype=np.float64)
+        most = math.floor(1000 * mean) / 1000  # down, so that it can be given
         raise ValueError(
             f"l0 = {l0}: these {len(acts_bd)} rows have fewer latents above 0 than "
-            "that; give a smaller l0"
+            f"that; give at most {most}"
         )
     # Halfway, so that `encode` agrees though it may round in another order.
     return float((least + next_to_it) / 2)
