@@ -25,6 +25,8 @@ FLOORS = (
         "firing",
         "geometric_median",
         "optim",
+        "dead_latents",
+        "kernels",
         "topk",
         "matmul",
         "sparse",

@@ -28,6 +28,7 @@ NORMALIZATIONS = (
     "scale_to_sqrt_d",
     "unit_mean_square",
 )
+SELECTIONS = ("exact", "bucketed", "approx")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
 PENALISED = tuple(name for name in ARCHITECTURES if name not in CHOOSE_K)
@@ -66,6 +67,20 @@ class SaeConfig:
 
     k: int = setting(
         32, "latents chosen of a row, of batch_topk on average; the others ignore it"
+    )
+    selection: str = setting(
+        "exact", "how K latents are chosen", SELECTIONS, only=("topk",)
+    )
+    recall_target: float = setting(
+        0.99,
+        "least expected part of the K largest that is found; exact finds all of a "
+        "latent shard's",
+        only=("topk",),
+    )
+    capacity_factor: float | None = setting(
+        None,
+        "a latent shard hands over at most K times this / shards candidates; None: K",
+        only=("topk",),
     )
     k_aux: int | None = setting(
         None,
@@ -115,6 +130,14 @@ class SaeConfig:
                 check_at_least(f"sae.{name}", getattr(self, name), 1)
         for name in ("aux_coefficient", "firing_threshold", "initial_threshold"):
             check_at_least(f"sae.{name}", getattr(self, name), 0)
+        if not 0 < self.recall_target <= 1:
+            raise ValueError(
+                f"sae.recall_target = {self.recall_target}: must be above 0, at most 1"
+            )
+        if self.capacity_factor is not None and self.capacity_factor <= 0:
+            raise ValueError(
+                f"sae.capacity_factor = {self.capacity_factor}: must be above 0"
+            )
         _check_belongs(self)
         if self.architecture in CHOOSE_K:
             _check_choice_of_k(self)

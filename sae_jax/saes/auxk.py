@@ -6,45 +6,55 @@
 
 Live latents are left out altogether, so that no place is lost to them. A dead latent
 that is chosen with a negative pre-activation adds nothing and learns nothing, as in the
-paper: it has to wait for a row on which it is positive. k_aux is fixed and a
-branch on the device skips everything when no latent is dead, so nothing waits for the
-host. Which latents are dead is decided before the step.
+paper: it has to wait for a row on which it is positive. Which latents are dead is
+decided before the step; how their part is computed is in `sae_jax.dead_latents`.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sae_jax import losses, sparse, topk
+from sae_jax import dead_latents, losses
 from sae_jax.config import k_aux
 from sae_jax.firing import Counters
 from sae_jax.mesh import DATA, LATENT
 from sae_jax.saes.base import Sae, Weights
 
 
-def reconstruct(
-    sae: Sae, pre_bl: jax.Array, is_dead_l: jax.Array, weights: Weights
-) -> jax.Array:
-    """A shard's part [B, D] of the residual's reconstruction, without b_dec."""
+def own_weights(
+    sae: Sae, normed_bd: jax.Array, weights: Weights
+) -> tuple[jax.Array, dead_latents.Weights]:
+    """What the encoder multiplies, and the weights of a shard; b_enc is in the bias.
+
+    All vary over the whole mesh.
+    """
+    rows_bd, w_enc_ld, bias_l = sae.encoder(normed_bd, weights)
+    if "b_enc_l" in weights:
+        bias_l += lax.pcast(weights["b_enc_l"], DATA, to="varying")
     w_dec_ld = lax.pcast(weights["w_dec_ld"], DATA, to="varying")
+    return rows_bd, dead_latents.Weights(w_enc_ld, bias_l, w_dec_ld)
 
-    def from_dead(pre_bl, is_dead_l, w_dec_ld):  # type: ignore[no-untyped-def]
-        dead_bl = jnp.where(is_dead_l, pre_bl, -jnp.inf)
-        k = k_aux(sae.config, sae.d_model)
-        values_bk, indices_bk, _ = topk.choose_own(dead_bl, k, LATENT)
-        return sparse.decode(values_bk, indices_bk, w_dec_ld, sae.dtype)
 
-    def nothing(pre_bl, is_dead_l, w_dec_ld):  # type: ignore[no-untyped-def]
-        zeros_bd = jnp.zeros((pre_bl.shape[0], w_dec_ld.shape[1]), pre_bl.dtype)
-        return lax.pcast(zeros_bd, (DATA, LATENT), to="varying")
+def reconstruct(
+    sae: Sae,
+    rows_bd: jax.Array,
+    weights: dead_latents.Weights,
+    is_dead_l: jax.Array,
+) -> tuple[jax.Array, dead_latents.Weights]:
+    """A shard's part [B, D] of the residual's reconstruction, without b_dec.
 
-    return lax.cond(
-        lax.psum(is_dead_l.sum(), LATENT) > 0,
-        from_dead,
-        nothing,
-        pre_bl,
-        is_dead_l,
-        w_dec_ld,
+    Args:
+        sae: the SAE.
+        rows_bd, weights: from `own_weights`.
+        is_dead_l: the shard's.
+
+    Returns:
+        The part, and the weights that all else in the step has to use.
+    """
+    k = k_aux(sae.config, sae.d_model)
+    is_dead_l = lax.pcast(is_dead_l, DATA, to="varying")
+    return dead_latents.reconstruct(
+        rows_bd, weights, is_dead_l, k, LATENT, sae.dtype
     )
 
 

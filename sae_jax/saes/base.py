@@ -11,7 +11,7 @@ partitioned over latents, all else is on every device.
 
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +38,9 @@ LATENTS = P(LATENT)
 class Sae(nnx.Module):
     """An SAE. A pytree: pass it to `jax.jit` as an argument.
 
-    An architecture adds parameters in `__init__` and fills in `unit_norm`, `activate`
-    and `loss`; nothing else of this class is overridden.
+    An architecture adds parameters in `__init__` and fills in `unit_norm`, `loss` and
+    `choose`, or as a `DenseSae` `activate`; nothing else of this class is overridden.
     """
-
-    always_k: ClassVar[bool] = False  # a code is meant to have K latents, no more
 
     def __init__(
         self,
@@ -74,8 +72,15 @@ class Sae(nnx.Module):
         """Parameters whose rows are kept at unit norm."""
 
     @abc.abstractmethod
-    def activate(self, h_bl: jax.Array, weights: Weights) -> jax.Array:
-        """A shard's dense code [B, L/S]; for TopK, what the choice is made among."""
+    def choose(
+        self, normed_bd: jax.Array, weights: Weights, k: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """A shard's own K largest of each row, for codes of K latents.
+
+        Returns:
+            Values in falling order and the shard's columns, [B, at most K]; and how
+            many latents are active [B, 1], or None where K are meant to be.
+        """
 
     @abc.abstractmethod
     def loss(
@@ -154,14 +159,14 @@ class Sae(nnx.Module):
         k = k or max_active(self.config)
 
         def on_shard(normed_bd, weights):  # type: ignore[no-untyped-def]
-            code_bl = self.activate(self.project(normed_bd, weights), weights)
+            values_bk, columns_bk, n_active_b1 = self.choose(normed_bd, weights, k)
+            n_own = weights["w_enc_ld"].shape[0]
             values_bk, indices_bk = topk.merge_codes(
-                *topk.choose(code_bl, k), k, code_bl.shape[1], LATENT
+                values_bk, columns_bk, k, n_own, LATENT
             )
             values_bk = nnx.relu(values_bk)
-            if self.always_k:
+            if n_active_b1 is None:
                 return values_bk, indices_bk, jnp.zeros_like(indices_bk[:, :1])
-            n_active_b1 = jnp.sum(code_bl > 0, axis=1, keepdims=True, dtype=jnp.int32)
             n_kept_b1 = jnp.sum(values_bk > 0, axis=1, keepdims=True, dtype=jnp.int32)
             return values_bk, indices_bk, lax.psum(n_active_b1, LATENT) - n_kept_b1
 
@@ -195,30 +200,28 @@ class Sae(nnx.Module):
             weights = _weigh_by_norm(weights)
         return weights, {name: spec(name) for name in weights}
 
+    def encoder(
+        self, normed_bd: jax.Array, weights: Weights
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What h is made of: rows [B, D], W_enc, and the bias [L/S] that is b_dec's.
+
+        h = rows W_enc^T + bias. The bias is 0, with the gradient that h owes to b_dec:
+        -(sum_b g_bl) W_enc, one product of a vector, where differentiating x - b_dec
+        would cost a matmul. All vary over the whole mesh.
+        """
+        w_enc_ld = lax.pcast(weights["w_enc_ld"], DATA, to="varying")
+        bias_l = jnp.zeros_like(weights["w_enc_ld"][:, 0])
+        if subtracts_b_dec(self.config):
+            b_dec_d = weights["b_dec_d"]
+            normed_bd = normed_bd - lax.stop_gradient(b_dec_d)
+            bias_l = _owe(lax.pcast(b_dec_d, LATENT, to="varying"), weights["w_enc_ld"])
+        bias_l = lax.pcast(bias_l, DATA, to="varying")
+        return lax.pcast(normed_bd, LATENT, to="varying"), w_enc_ld, bias_l
+
     def project(self, normed_bd: jax.Array, weights: Weights) -> jax.Array:
         """A shard's h [B, L/S], less the bias that an architecture adds to it."""
-        h_bl = self.project_constant_bias(normed_bd, weights)
-        return h_bl + self.b_dec_term(weights)
-
-    def project_constant_bias(
-        self, normed_bd: jax.Array, weights: Weights
-    ) -> jax.Array:
-        """The same h, through which no gradient reaches b_dec."""
-        w_enc_ld = lax.pcast(weights["w_enc_ld"], DATA, to="varying")
-        if subtracts_b_dec(self.config):
-            normed_bd = normed_bd - lax.stop_gradient(weights["b_dec_d"])
-        normed_bd = lax.pcast(normed_bd, LATENT, to="varying")
-        return matmul(normed_bd, w_enc_ld.T, self.dtype)
-
-    def b_dec_term(self, weights: Weights) -> jax.Array:
-        """Zeros [L/S], with the gradient that h owes to b_dec: -(sum_b g_bl) W_enc.
-
-        One product of a vector; differentiating x - b_dec would cost a matmul.
-        """
-        b_dec_d, w_enc_ld = weights["b_dec_d"], weights["w_enc_ld"]
-        if not subtracts_b_dec(self.config):
-            return jnp.zeros_like(w_enc_ld[:, 0])
-        return (lax.stop_gradient(b_dec_d) - b_dec_d) @ w_enc_ld.T
+        rows_bd, w_enc_ld, bias_l = self.encoder(normed_bd, weights)
+        return matmul(rows_bd, w_enc_ld.T, self.dtype) + bias_l
 
     def decode_part(self, code_bl: jax.Array, weights: Weights) -> jax.Array:
         """What a shard's, or a tile's, dense code adds to x̂: [B, D], without b_dec."""
@@ -243,6 +246,21 @@ class Sae(nnx.Module):
         return jax.tree.map(lambda out: out[:n_rows], mapped(*padded, weights))
 
 
+class DenseSae(Sae):
+    """An SAE whose code comes from all of a row's h at once."""
+
+    @abc.abstractmethod
+    def activate(self, h_bl: jax.Array, weights: Weights) -> jax.Array:
+        """A shard's dense code [B, L/S]."""
+
+    def choose(
+        self, normed_bd: jax.Array, weights: Weights, k: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        code_bl = self.activate(self.project(normed_bd, weights), weights)
+        n_active_b1 = jnp.sum(code_bl > 0, axis=1, keepdims=True, dtype=jnp.int32)
+        return *topk.choose(code_bl, k), n_active_b1
+
+
 def new_param(name: str, value: jax.Array) -> nnx.Param:
     """A parameter, placed as its name says."""
     return nnx.Param(value, out_sharding=tuple(spec(name)))
@@ -258,6 +276,23 @@ def spec(name: str) -> P:
     return {"ld": P(LATENT, None), "l": LATENTS, "d": P(None)}.get(
         name.rpartition("_")[2], P()
     )
+
+
+@jax.custom_vjp
+def _owe(b_dec_d: jax.Array, w_enc_ld: jax.Array) -> jax.Array:
+    """Zeros [L/S], as if they were (constant b_dec - b_dec) W_enc^T."""
+    return jnp.zeros_like(w_enc_ld[:, 0])
+
+
+def _owe_forward(b_dec_d: jax.Array, w_enc_ld: jax.Array) -> tuple[jax.Array, Any]:
+    return _owe(b_dec_d, w_enc_ld), w_enc_ld
+
+
+def _owe_backward(w_enc_ld: jax.Array, g_l: jax.Array) -> tuple[jax.Array, None]:
+    return -g_l @ w_enc_ld, None
+
+
+_owe.defvjp(_owe_forward, _owe_backward)
 
 
 def _weigh_by_norm(weights: Weights) -> Weights:

@@ -25,13 +25,14 @@ from jax.sharding import PartitionSpec as P
 from sae_jax import topk
 from sae_jax.config import SaeConfig
 from sae_jax.firing import Counters
+from sae_jax.matmul import matmul
 from sae_jax.mesh import DATA, LATENT
 from sae_jax.saes import auxk, matryoshka
 from sae_jax.saes.base import (
     LATENTS,
     ROWS,
     Batch,
-    Sae,
+    DenseSae,
     Weights,
     new_bias,
     new_param,
@@ -40,7 +41,7 @@ from sae_jax.saes.base import (
 _THRESHOLD_RATE = 0.1
 
 
-class BatchTopKSae(Sae):
+class BatchTopKSae(DenseSae):
     """K latents a row on average over a batch."""
 
     def __init__(self, config: SaeConfig, *place: Any):
@@ -87,12 +88,13 @@ class BatchTopKSae(Sae):
         n_kept = self.config.k * normed_bd.shape[0]
 
         def on_shard(normed_bd, is_dead_l, weights):  # type: ignore[no-untyped-def]
-            pre_bl = self.project(normed_bd, weights) + weights.get("b_enc_l", 0)
-            z_bl = nnx.relu(pre_bl)
+            rows_bd, own = auxk.own_weights(self, normed_bd, weights)
+            aux_recon_bd, own = auxk.reconstruct(self, rows_bd, own, is_dead_l)
+            z_bl = nnx.relu(matmul(rows_bd, own.w_enc_ld.T, self.dtype) + own.bias_l)
             least = topk.nth_largest(z_bl, n_kept, (DATA, LATENT))
             z_bl = jnp.where(z_bl >= least, z_bl, 0)
-            parts = self._reconstruct(z_bl, weights)
-            parts["aux_recon_bd"] = auxk.reconstruct(self, pre_bl, is_dead_l, weights)
+            parts = self._reconstruct(z_bl, own.w_dec_ld)
+            parts["aux_recon_bd"] = aux_recon_bd
             recons = lax.psum(parts, LATENT)
             recons["recon_bd"] += weights["b_dec_d"]
             fires_bl = z_bl > self.config.firing_threshold
@@ -111,12 +113,14 @@ class BatchTopKSae(Sae):
             out_specs=(placed, LATENTS, P(), P()),
         )(normed_bd, is_dead_l, weights)
 
-    def _reconstruct(self, z_bl: jax.Array, weights: Weights) -> dict[str, jax.Array]:
+    def _reconstruct(
+        self, z_bl: jax.Array, w_dec_ld: jax.Array
+    ) -> dict[str, jax.Array]:
         """A shard's part of each x̂, without b_dec."""
         if not self.config.prefixes:
-            return {"recon_bd": self.decode_part(z_bl, weights)}
+            return {"recon_bd": matmul(z_bl, w_dec_ld, self.dtype)}
         groups = matryoshka.split(self, z_bl, jnp.arange(z_bl.shape[1]))
-        groups_gbd = jnp.stack([self.decode_part(z, weights) for z in groups])
+        groups_gbd = jnp.stack([matmul(z, w_dec_ld, self.dtype) for z in groups])
         return {"groups_gbd": groups_gbd, "recon_bd": jnp.sum(groups_gbd, axis=0)}
 
     def _next_threshold(self, least: jax.Array, counters: Counters) -> jax.Array:

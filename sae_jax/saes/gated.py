@@ -23,12 +23,13 @@ from jax import lax
 from sae_jax import losses
 from sae_jax.config import SaeConfig
 from sae_jax.firing import Counters
-from sae_jax.saes.base import Batch, Sae, Weights, new_bias
+from sae_jax.matmul import matmul
+from sae_jax.saes.base import Batch, DenseSae, Weights, new_bias
 from sae_jax.saes.penalised import penalised_loss
 from sae_jax.saes.tiles import Sums, sum_over_latents
 
 
-class GatedSae(Sae):
+class GatedSae(DenseSae):
     """A gate with an L1 penalty, and magnitudes without."""
 
     def __init__(self, config: SaeConfig, *place: Any):
@@ -63,8 +64,9 @@ class GatedSae(Sae):
         self, normed_bd: jax.Array, weights: Weights
     ) -> tuple[Sums, jax.Array]:
         constant = weights | {"w_dec_ld": lax.stop_gradient(weights["w_dec_ld"])}
-        constant_h_bl = self.project_constant_bias(normed_bd, weights)
-        h_bl = constant_h_bl + self.b_dec_term(weights)
+        rows_bd, w_enc_ld, bias_l = self.encoder(normed_bd, weights)
+        constant_h_bl = matmul(rows_bd, w_enc_ld.T, self.dtype)
+        h_bl = constant_h_bl + bias_l
         code_bl = self.activate(h_bl, weights)
         gate_bl = nnx.relu(constant_h_bl + weights["b_gate_l"])
         sums = {

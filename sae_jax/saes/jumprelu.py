@@ -24,7 +24,7 @@ from flax import nnx
 
 from sae_jax.config import SaeConfig
 from sae_jax.firing import Counters
-from sae_jax.saes.base import Batch, Sae, Weights, new_bias, new_param
+from sae_jax.saes.base import Batch, DenseSae, Weights, new_bias, new_param
 from sae_jax.saes.penalised import penalised_loss
 from sae_jax.saes.tiles import Sums, sum_over_latents
 
@@ -59,7 +59,7 @@ def _step_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     return step(pre_bl, threshold_l, bandwidth), along_bl
 
 
-class JumpReluSae(Sae):
+class JumpReluSae(DenseSae):
     """Learned thresholds and an L0 penalty."""
 
     def __init__(self, config: SaeConfig, *place: Any):

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 
 from sae_jax import losses
 from sae_jax.firing import Counters
-from sae_jax.saes.base import Batch, Sae, Weights
+from sae_jax.saes.base import Batch, DenseSae, Weights
 from sae_jax.saes.tiles import Sums, sum_over_latents
 
 
 def l1_loss(
-    sae: Sae,
+    sae: DenseSae,
     batch: Batch,
     counters: Counters,
     weigh: Callable[[Weights], jax.Array] | None = None,
@@ -45,7 +45,7 @@ def l1_loss(
 
 
 def penalised_loss(
-    sae: Sae,
+    sae: DenseSae,
     sums: Sums,
     fired_l: jax.Array,
     targets_bd: jax.Array,

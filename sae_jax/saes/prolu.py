@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from sae_jax.config import SaeConfig
 from sae_jax.firing import Counters
-from sae_jax.saes.base import Batch, Sae, Weights, new_bias
+from sae_jax.saes.base import Batch, DenseSae, Weights, new_bias
 from sae_jax.saes.penalised import l1_loss
 
 
@@ -36,7 +36,7 @@ def _prolu_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     return f_bl, jnp.where(f_bl > 0, dh_bl + f_bl * (dh_bl + db_l), 0)
 
 
-class ProluSae(Sae):
+class ProluSae(DenseSae):
     """ProLU and L1."""
 
     def __init__(self, config: SaeConfig, *place: Any):

@@ -14,11 +14,11 @@ from flax import nnx
 
 from sae_jax.config import SaeConfig
 from sae_jax.firing import Counters
-from sae_jax.saes.base import Batch, Sae, Weights, new_bias
+from sae_jax.saes.base import Batch, DenseSae, Weights, new_bias
 from sae_jax.saes.penalised import l1_loss
 
 
-class ReluSae(Sae):
+class ReluSae(DenseSae):
     """ReLU and L1."""
 
     def __init__(self, config: SaeConfig, *place: Any):

@@ -20,13 +20,13 @@ from jax.sharding import Mesh
 from sae_jax.config import SaeConfig
 from sae_jax.firing import Counters
 from sae_jax.normalize import Normalization
-from sae_jax.saes.base import Batch, Sae, Weights, new_bias, new_param
+from sae_jax.saes.base import Batch, DenseSae, Weights, new_bias, new_param
 from sae_jax.saes.penalised import l1_loss
 
 _START_NORM = 0.1
 
 
-class ReluDecoderNormSae(Sae):
+class ReluDecoderNormSae(DenseSae):
     """ReLU, and L1 weighted by the norms of free decoder rows."""
 
     def __init__(

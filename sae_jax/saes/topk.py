@@ -12,8 +12,9 @@ Decoder rows have unit norm. Three options change the loss or the choice:
                    al. 2024): the same SAE with W_enc |w_dec|, b_enc |w_dec| and
                    W_dec / |w_dec|, whose values the code then holds
 
-Each latent shard computes its own pre-activations and its own part of x̂; beside them
-one step moves the candidates of each choice and one sum of [B, D] per reconstruction.
+Each latent shard chooses its own candidates, tile by tile (`sae_jax.topk.encoder`), and
+decodes what it won of them: one step moves the candidates of one choice, counts for
+AuxK's, and one sum of [B, D] per reconstruction. Nothing of size [B, L] is ever held.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from sae_jax import losses, sparse, topk
+from sae_jax import dead_latents, losses, sparse, topk
 from sae_jax.config import SaeConfig
 from sae_jax.firing import Counters
 from sae_jax.mesh import DATA, LATENT
@@ -35,8 +36,6 @@ from sae_jax.saes.base import LATENTS, ROWS, Batch, Sae, Weights, new_bias
 
 class TopKSae(Sae):
     """Exactly K latents a row."""
-
-    always_k = True
 
     def __init__(self, config: SaeConfig, *place: Any):
         super().__init__(config, *place)
@@ -51,20 +50,36 @@ class TopKSae(Sae):
     def k(self) -> int:
         return self.config.k
 
+    def choice(self, k: int) -> topk.Choice:
+        """How the shards choose their candidates for K latents."""
+        return topk.plan(
+            k,
+            self.n_latents,
+            self.mesh.shape[LATENT],
+            self.config.selection,
+            self.config.recall_target,
+            self.config.capacity_factor,
+            self.mesh.devices.flat[0].platform,
+        )
+
     def with_k(self, k: int) -> "TopKSae":
         """The same SAE, choosing K latents; it shares this one's weights."""
         other = nnx.merge(*nnx.split(self))
         other.config = dataclasses.replace(self.config, k=k, multi_topk=False)
         return other
 
-    def activate(self, h_bl: jax.Array, weights: Weights) -> jax.Array:
-        return h_bl + weights.get("b_enc_l", 0)
+    def choose(
+        self, normed_bd: jax.Array, weights: Weights, k: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        rows_bd, own = auxk.own_weights(self, normed_bd, weights)
+        values_bk, columns_bk, _ = self._choose(rows_bd, own, k)
+        return values_bk, columns_bk, None
 
     def loss(
         self, batch: Batch, counters: Counters
     ) -> tuple[jax.Array, dict[str, Any]]:
         normed_bd, targets_bd = self.normalize_batch(batch)
-        recons, fired_l, l0 = self._autoencode(normed_bd, counters.is_dead_l)
+        recons, fired_l, counts = self._autoencode(normed_bd, counters.is_dead_l)
         loss, metrics = matryoshka.main_loss(
             self, recons, targets_bd, counters.loss_scale
         )
@@ -79,33 +94,32 @@ class TopKSae(Sae):
         metrics |= {
             "loss": loss,
             "aux_loss": aux_loss,
-            "l0": l0,
             "n_dead": jnp.sum(counters.is_dead_l),
-        }
+        } | counts
         return loss, {"metrics": metrics, "fired_l": fired_l, "assigned": {}}
 
     def _autoencode(
         self, normed_bd: jax.Array, is_dead_l: jax.Array
-    ) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
-        """Reconstructions by name, which latents fired, and mean L0."""
+    ) -> tuple[dict[str, jax.Array], jax.Array, dict[str, jax.Array]]:
+        """Reconstructions by name, which latents fired, and scalars of the choice."""
 
         def on_shard(normed_bd, is_dead_l, weights):  # type: ignore[no-untyped-def]
-            pre_bl = self.activate(self.project(normed_bd, weights), weights)
-            values_bk, indices_bk, parts = self._reconstruct(pre_bl, weights)
-            parts["aux_recon_bd"] = auxk.reconstruct(self, pre_bl, is_dead_l, weights)
-            recons = lax.psum(parts, LATENT)
+            rows_bd, own = auxk.own_weights(self, normed_bd, weights)
+            aux_recon_bd, own = auxk.reconstruct(self, rows_bd, own, is_dead_l)
+            values_bk, columns_bk, parts, n_resorted = self._reconstruct(rows_bd, own)
+            recons = lax.psum(parts | {"aux_recon_bd": aux_recon_bd}, LATENT)
             recons["recon_bd"] += weights["b_dec_d"]
             if self.config.multi_topk:
                 recons["recon_4k_bd"] += weights["b_dec_d"]
             fires_bk = values_bk > self.config.firing_threshold
             fired_l = jnp.zeros(is_dead_l.shape, jnp.int32)
-            fired_l = fired_l.at[indices_bk].max(fires_bk.astype(jnp.int32))
+            fired_l = fired_l.at[columns_bk].max(fires_bk.astype(jnp.int32))
             l0 = jnp.sum(fires_bk) / normed_bd.shape[0]
-            return (
-                recons,
-                lax.pmax(fired_l, DATA) > 0,
-                lax.pmean(lax.psum(l0, LATENT), DATA),
-            )
+            counts = {
+                "l0": lax.pmean(lax.psum(l0, LATENT), DATA),
+                "n_resorted": lax.psum(n_resorted, (DATA, LATENT)),
+            }
+            return recons, lax.pmax(fired_l, DATA) > 0, counts
 
         names = ["recon_bd", "aux_recon_bd"]
         names += ["recon_4k_bd"] if self.config.multi_topk else []
@@ -117,28 +131,39 @@ class TopKSae(Sae):
             on_shard,
             mesh=self.mesh,
             in_specs=(ROWS, LATENTS, specs),
-            out_specs=(placed, LATENTS, P()),
+            out_specs=(placed, LATENTS, {"l0": P(), "n_resorted": P()}),
         )(normed_bd, is_dead_l, weights)
 
+    def _choose(
+        self, rows_bd: jax.Array, own: dead_latents.Weights, k: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """A shard's candidates for K: values, columns, and rows chosen for again."""
+        return topk.encode(
+            rows_bd, own.w_enc_ld, own.bias_l, self.choice(k), self.dtype
+        )
+
     def _reconstruct(
-        self, pre_bl: jax.Array, weights: Weights
-    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """This shard's own values and columns [B, K], and its parts of each x̂."""
+        self, rows_bd: jax.Array, own: dead_latents.Weights
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array], jax.Array]:
+        """A shard's own values and columns [B, K], its parts of each x̂, n_resorted."""
         k_most = 4 * self.k if self.config.multi_topk else self.k
-        values_bk, indices_bk, ranks_bk = topk.choose_own(pre_bl, k_most, LATENT)
-        w_dec_ld = lax.pcast(weights["w_dec_ld"], DATA, to="varying")
+        values_bk, columns_bk, n_resorted = self._choose(rows_bd, own, k_most)
+        ranks_bk = topk.rank_global(values_bk, k_most, LATENT)
+        values_bk = jnp.where(ranks_bk < k_most, nnx.relu(values_bk), 0)
 
         def decode(values_bk: jax.Array) -> jax.Array:
-            return sparse.decode(values_bk, indices_bk, w_dec_ld, self.dtype)
+            return sparse.decode(values_bk, columns_bk, own.w_dec_ld, self.dtype)
 
         parts = {}
         if self.config.multi_topk:
             parts["recon_4k_bd"] = decode(values_bk)
-        values_bk = jnp.where(ranks_bk < self.k, values_bk, 0)
+            # Candidates descend, so the K best of all shards come first in each.
+            values_bk = jnp.where(ranks_bk < self.k, values_bk, 0)[:, : self.k]
+            columns_bk = columns_bk[:, : self.k]
         if self.config.prefixes:
-            groups_gbk = matryoshka.split(self, values_bk, indices_bk)
+            groups_gbk = matryoshka.split(self, values_bk, columns_bk)
             parts["groups_gbd"] = jnp.stack([decode(v) for v in groups_gbk])
             parts["recon_bd"] = jnp.sum(parts["groups_gbd"], axis=0)
         else:
             parts["recon_bd"] = decode(values_bk)
-        return values_bk, indices_bk, parts
+        return values_bk, columns_bk, parts, n_resorted

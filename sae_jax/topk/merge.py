@@ -12,22 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sae_jax.topk.exact import choose
-
-
-def choose_own(
-    pre_bl: jax.Array, k: int, axis: str
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """This shard's own latents among the K best of all shards.
-
-    Returns:
-        Values [B, k_in], ReLU applied, 0 where not chosen; columns; and ranks among
-        all shards, so that a smaller K can be read from the same choice.
-    """
-    values_bk, indices_bk = choose(pre_bl, k)
-    ranks_bk = rank_global(values_bk, k, axis)
-    return jnp.where(ranks_bk < k, jax.nn.relu(values_bk), 0), indices_bk, ranks_bk
-
 
 def rank_global(values_bk: jax.Array, k: int, axis: str) -> jax.Array:
     """The place, from 0, of each candidate [B, k_in] among those of all shards.

@@ -19,19 +19,33 @@ from numpy.typing import NDArray
 def bucketed_recall(n_latents: int, k: int, n_buckets: int, kept: int) -> float:
     """Expected part of the K largest that is found; exactly 1 if none can be lost.
 
-    ValueError unless 1 <= k <= n_latents, kept >= 1 and the buckets are equal.
+    Where the buckets do not divide the latents, some hold one latent more.
+    ValueError unless 1 <= k <= n_latents, 1 <= n_buckets <= n_latents and kept >= 1.
     """
     if not 1 <= k <= n_latents:
         raise ValueError(f"k is {k}: choose from 1 to the {n_latents} latents")
-    if n_buckets < 1 or n_latents % n_buckets:
+    if not 1 <= n_buckets <= n_latents:
         raise ValueError(
-            f"n_buckets is {n_buckets}: choose a divisor of the {n_latents} latents"
+            f"n_buckets is {n_buckets}: choose from 1 to the {n_latents} latents"
         )
     if kept < 1:
         raise ValueError(f"kept is {kept}: keep at least 1 latent of each bucket")
-    winners_r, probability_r = _winners_in_bucket(n_latents, k, n_latents // n_buckets)
-    lost_r = np.maximum(winners_r - kept, 0)
-    return float(1 - n_buckets / k * (lost_r @ probability_r))
+
+    def lost(size: int) -> float:
+        winners_r, probability_r = _winners_in_bucket(n_latents, k, size)
+        return float(np.maximum(winners_r - kept, 0) @ probability_r)
+
+    size, n_larger = divmod(n_latents, n_buckets)
+    all_lost = (n_buckets - n_larger) * lost(size)
+    all_lost += n_larger * lost(size + 1) if n_larger else 0
+    return 1 - all_lost / k
+
+
+def crowded_rows(n_latents: int, k: int, n_buckets: int, kept: int) -> float:
+    """Part of the rows, at most, in which a bucket holds more than `kept` winners."""
+    size = -(-n_latents // n_buckets)
+    winners_r, probability_r = _winners_in_bucket(n_latents, k, size)
+    return float(n_buckets * probability_r[winners_r > kept].sum())
 
 
 def sharded_recall(
