@@ -50,6 +50,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA, None))
 
 
+def param_spec(name: str) -> PartitionSpec:
+    """Where the parameter of this name lives: `_ld` and `_l` over latents."""
+    by_axes = {"ld": PartitionSpec(LATENT, None), "l": PartitionSpec(LATENT)}
+    by_axes["d"] = PartitionSpec(None)
+    return by_axes.get(name.rpartition("_")[2], PartitionSpec())
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -1,4 +1,4 @@
-"""The optimizer as a chain of optax transforms, and the average of the weights.
+"""The optimizer and the average of the weights, in one pass over each parameter.
 
     project   g <- g - (g . w) w      for each unit decoder row w
     clip      g <- g min(1, c / |g|)  |g| over all parameters on all devices; optional
@@ -11,40 +11,114 @@ have unit norm in every forward pass and in every saved state. OpenAI's script
 normalises after the backward pass instead and takes its EMA before Adam, so its saved
 rows are one step off the sphere (Gao et al. 2024, appendix A).
 
+All of it is local to a row but the norm that clips. So it is done some rows at a time,
+in place: each array is read from memory once and written once, and there are no
+temporaries of the size of a parameter. The moments are those of `optax.adam`, which the
+tests compare with.
+
 Parameters are flat dictionaries from a name to an array; the names of the rows with
 unit norm come from the architecture.
 """
 
-import functools
 from collections.abc import Collection
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.typing import ArrayLike
 
 from sae_jax.config import TrainConfig, learning_rate
 
 Params = dict[str, jax.Array]
 
+_CHUNK_SIZE = 2**19  # elements that are updated at a time: they stay in cache
 
-def build(
-    config: TrainConfig, unit_norm: Collection[str]
-) -> optax.GradientTransformation:
-    """The whole chain for one run."""
-    adam = optax.adam(
-        functools.partial(learning_rate_at, config),
-        config.optimizer.b1,
-        config.optimizer.b2,
-        config.optimizer.eps,
+
+class Optimized(NamedTuple):
+    """Parameters, and what an update keeps beside them."""
+
+    params: Params
+    ema: Params
+    moments: optax.ScaleByAdamState
+
+
+class _Step(NamedTuple):
+    """The numbers of one step; corrections are Adam's, 1 - b^t."""
+
+    rate: jax.Array
+    correction1: jax.Array
+    correction2: jax.Array
+    clip_factor: jax.Array
+
+
+class _Slots(NamedTuple):
+    """What belongs to one parameter, or to some of its rows."""
+
+    param: jax.Array
+    ema: jax.Array
+    mu: jax.Array
+    nu: jax.Array
+
+
+def start(params: Params) -> optax.ScaleByAdamState:
+    """The moments before the first step."""
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    more = jax.tree.map(jnp.zeros_like, params)  # a step donates each buffer once
+    return optax.ScaleByAdamState(count=jnp.int32(0), mu=zeros, nu=more)
+
+
+def update(
+    config: TrainConfig,
+    unit_norm: Collection[str],
+    old: Optimized,
+    grads: Params,
+    assigned: Params,
+    axis: str | None = None,
+) -> tuple[Optimized, dict[str, jax.Array]]:
+    """One step of the optimizer, and the norms of all gradients and parameters.
+
+    Args:
+        config: the run.
+        unit_norm: parameters whose rows have unit norm.
+        old: is given up.
+        grads: of all parameters.
+        assigned: new values of parameters that are not learned by gradient.
+        axis: inside `jax.shard_map`, what parameters named `_l` or `_ld` are spread
+            over.
+    """
+    moments = old.moments
+    count = moments.count + 1
+    clip_factor = _clip_factor(config, unit_norm, old.params, grads, axis)
+    step = _Step(
+        rate=learning_rate_at(config, moments.count),
+        correction1=1 - config.optimizer.b1**count,
+        correction2=1 - config.optimizer.b2**count,
+        clip_factor=clip_factor,
     )
-    clip = config.optimizer.clip_norm
-    return optax.chain(
-        project_rows(unit_norm),
-        optax.identity() if clip is None else optax.clip_by_global_norm(clip),
-        adam,
-        unit_norm_rows(unit_norm),
+    slots, squares = {}, {}
+    for name, param in old.params.items():
+        slot = _Slots(param, old.ema[name], moments.mu[name], moments.nu[name])
+        if name in assigned:
+            ema = _average(config, slot.ema, assigned[name])
+            slots[name] = slot._replace(param=assigned[name], ema=ema)
+            squares[name] = _sums_of_squares(grads[name], assigned[name])
+        else:
+            slots[name], squares[name] = _update(
+                config, name in unit_norm, slot, grads[name], step
+            )
+    grad_norm, param_norm = jnp.sqrt(_add_up(squares, axis))
+    new = Optimized(
+        params={name: slot.param for name, slot in slots.items()},
+        ema={name: slot.ema for name, slot in slots.items()},
+        moments=optax.ScaleByAdamState(
+            count=count,
+            mu={name: slot.mu for name, slot in slots.items()},
+            nu={name: slot.nu for name, slot in slots.items()},
+        ),
     )
+    return new, {"grad_norm": grad_norm, "param_norm": param_norm}
 
 
 def learning_rate_at(config: TrainConfig, step: ArrayLike) -> jax.Array:
@@ -59,37 +133,14 @@ def learning_rate_at(config: TrainConfig, step: ArrayLike) -> jax.Array:
     return rate
 
 
-def project_rows(names: Collection[str]) -> optax.GradientTransformation:
-    """Removes from each gradient row its component along the parameter's unit row."""
-
-    def project(name: str, grad_ld: jax.Array, param_ld: jax.Array) -> jax.Array:
-        if name not in names:
-            return grad_ld
-        along_l1 = jnp.sum(grad_ld * param_ld, axis=-1, keepdims=True)
-        return grad_ld - along_l1 * param_ld
-
-    return _stateless(project)
-
-
-def unit_norm_rows(names: Collection[str]) -> optax.GradientTransformation:
-    """Turns an update into the one that ends on rows of unit norm."""
-
-    def renormalise(name: str, update_ld: jax.Array, param_ld: jax.Array) -> jax.Array:
-        if name not in names:
-            return update_ld
-        return normalise_rows(param_ld + update_ld) - param_ld
-
-    return _stateless(renormalise)
+def project_rows(grad_ld: jax.Array, w_ld: jax.Array) -> jax.Array:
+    """Each gradient row without its component along the unit row of w."""
+    return grad_ld - jnp.sum(grad_ld * w_ld, axis=-1, keepdims=True) * w_ld
 
 
 def normalise_rows(rows_ld: jax.Array) -> jax.Array:
     """Each row divided by its Euclidean norm."""
     return rows_ld / jnp.linalg.norm(rows_ld, axis=-1, keepdims=True)
-
-
-def ema_update(ema: Params, params: Params, decay: float) -> Params:
-    """The running average after one more step; it starts at zero."""
-    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
 
 
 def ema_read(
@@ -105,19 +156,93 @@ def ema_read(
     }
 
 
-def _stateless(change) -> optax.GradientTransformation:  # type: ignore[no-untyped-def]
-    """A transform without state from change(name, update, parameter)."""
+def _update(
+    config: TrainConfig, is_unit: bool, slots: _Slots, grad: jax.Array, step: _Step
+) -> tuple[_Slots, jax.Array]:
+    """One parameter after one step, and the sums of squares of gradient and itself."""
+    n_rows = grad.shape[0] if grad.ndim else 1
+    rows = min(n_rows, max(1, _CHUNK_SIZE * n_rows // grad.size))
 
-    def init(params: Params) -> optax.EmptyState:
-        del params  # Nothing to remember.
-        return optax.EmptyState()
+    def on_chunk(
+        first: jax.Array, size: int, slots: _Slots, grad: jax.Array
+    ) -> tuple[_Slots, jax.Array]:
+        def take(array: jax.Array) -> jax.Array:
+            return lax.dynamic_slice_in_dim(array, first, size)
 
-    def update(
-        updates: Params, state: optax.EmptyState, params: Params | None = None
-    ) -> tuple[Params, optax.EmptyState]:
-        if params is None:
-            raise ValueError("this transform reads the parameters: pass them to update")
-        changed = {n: change(n, u, params[n]) for n, u in updates.items()}
-        return changed, state
+        def put(array: jax.Array, chunk: jax.Array) -> jax.Array:
+            return lax.dynamic_update_slice_in_dim(array, chunk, first, 0)
 
-    return optax.GradientTransformation(init, update)
+        # Each array is put back before it is read again: what is read from the old
+        # one after that would keep a copy of all of it.
+        optimizer, old = config.optimizer, take(slots.param)
+        g = take(grad)
+        if is_unit:
+            g = project_rows(g, old)
+        g = lax.optimization_barrier(g * step.clip_factor)
+        mu = put(slots.mu, _mix(optimizer.b1, take(slots.mu), g))
+        nu = put(slots.nu, _mix(optimizer.b2, take(slots.nu), jnp.square(g)))
+        root = jnp.sqrt(take(nu) / step.correction2) + optimizer.eps
+        new = old - step.rate * (take(mu) / step.correction1) / root
+        if is_unit:
+            new = normalise_rows(new)
+        param = put(slots.param, new)
+        ema = put(slots.ema, _average(config, take(slots.ema), take(param)))
+        squares = _sums_of_squares(take(grad), take(param))
+        return _Slots(param, ema, mu, nu), squares
+
+    def loop(i: jax.Array, carry: tuple[_Slots, jax.Array]) -> tuple:
+        slots, squares = carry
+        slots, more = on_chunk(i * rows, rows, slots, grad)
+        return slots, squares + more
+
+    shape = grad.shape
+    if not shape:
+        slots, grad = jax.tree.map(jnp.atleast_1d, (slots, grad))
+    n_chunks, n_left = divmod(n_rows, rows)
+    zeros = jnp.full_like(grad, 0, shape=(2,))
+    slots, squares = lax.fori_loop(0, n_chunks, loop, (slots, zeros))
+    if n_left:
+        slots, more = on_chunk(jnp.int32(n_rows - n_left), n_left, slots, grad)
+        squares += more
+    return jax.tree.map(lambda array: array.reshape(shape), slots), squares
+
+
+def _clip_factor(
+    config: TrainConfig,
+    unit_norm: Collection[str],
+    params: Params,
+    grads: Params,
+    axis: str | None,
+) -> jax.Array:
+    """What the projected gradients are multiplied by."""
+    most = config.optimizer.clip_norm
+    if most is None:
+        return jnp.ones(())
+    squares = {}
+    for name, grad in grads.items():
+        if name in unit_norm:
+            grad = project_rows(grad, params[name])
+        squares[name] = jnp.sum(jnp.square(grad))
+    norm = jnp.sqrt(_add_up(squares, axis))
+    return most / jnp.maximum(norm, most)
+
+
+def _add_up(squares: dict[str, jax.Array], axis: str | None) -> jax.Array:
+    """The sum over all parameters on all devices."""
+    is_spread = {name: name.endswith(("_l", "_ld")) for name in squares}
+    own = [square for name, square in squares.items() if is_spread[name]]
+    shared = [square for name, square in squares.items() if not is_spread[name]]
+    total = sum(own, start=jnp.zeros(()))
+    return sum(shared, start=lax.psum(total, axis) if axis else total)
+
+
+def _sums_of_squares(grad: jax.Array, param: jax.Array) -> jax.Array:
+    return jnp.stack([jnp.sum(jnp.square(grad)), jnp.sum(jnp.square(param))])
+
+
+def _average(config: TrainConfig, old: jax.Array, new: jax.Array) -> jax.Array:
+    return _mix(config.optimizer.ema_decay, old, new)
+
+
+def _mix(decay: float, old: jax.Array, new: jax.Array) -> jax.Array:
+    return decay * old + (1 - decay) * new

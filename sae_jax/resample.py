@@ -63,7 +63,7 @@ def make_resample(
         steps_since_l = jnp.where(is_dead_l, 0, state.counters.steps_since_l)
         return state._replace(
             params=params,
-            optimizer=_forget(setup, state, is_dead_l),
+            optimizer=_forget(state.optimizer, is_dead_l),
             counters=state.counters._replace(steps_since_l=steps_since_l),
         )
 
@@ -102,18 +102,19 @@ def _restart(
 
 
 def _forget(
-    setup: Setup, state: TrainState, is_dead_l: jax.Array
-) -> optax.OptState:
-    """The optimizer's state with the moments of dead latents at zero."""
+    moments: optax.ScaleByAdamState, is_dead_l: jax.Array
+) -> optax.ScaleByAdamState:
+    """The moments, those of dead latents at zero."""
 
-    def forget(moment: jax.Array, name: str) -> jax.Array:
-        if not name.endswith(("_l", "_ld")):
-            return moment
-        return _choose(is_dead_l, jnp.zeros_like(moment), moment)
+    def forget(by_name: optim.Params) -> optim.Params:
+        return {
+            name: _choose(is_dead_l, jnp.zeros_like(moment), moment)
+            if name.endswith(("_l", "_ld"))
+            else moment
+            for name, moment in by_name.items()
+        }
 
-    chain = optim.build(setup.config, setup.unit_norm)
-    names = {name: name for name in state.params}
-    return optax.tree.map_params(chain, forget, state.optimizer, names)
+    return moments._replace(mu=forget(moments.mu), nu=forget(moments.nu))
 
 
 def _choose(is_dead_l: jax.Array, dead: jax.Array, live: jax.Array) -> jax.Array:

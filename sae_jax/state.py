@@ -34,7 +34,7 @@ class TrainState(NamedTuple):
 
     params: Params
     ema: Params
-    optimizer: optax.OptState
+    optimizer: optax.ScaleByAdamState
     counters: Counters
 
 
@@ -102,12 +102,10 @@ def abstract(setup: Setup) -> TrainState:
     return TrainState(
         params=_placed(shapes.params, by_name),
         ema=_placed(shapes.ema, by_name),
-        optimizer=optax.tree.map_params(
-            optim.build(setup.config, setup.unit_norm),
-            lambda leaf, sharding: _with(leaf, sharding),
-            shapes.optimizer,
-            by_name,
-            transform_non_params=lambda leaf: _with(leaf, replicated),
+        optimizer=optax.ScaleByAdamState(
+            count=_with(shapes.optimizer.count, replicated),
+            mu=_placed(shapes.optimizer.mu, by_name),
+            nu=_placed(shapes.optimizer.nu, by_name),
         ),
         counters=Counters(
             steps_since_l=_with(shapes.counters.steps_since_l, latents),
@@ -130,7 +128,7 @@ def _create(setup: Setup, key: jax.Array, sample_bd: jax.Array) -> TrainState:
     return TrainState(
         params=params,
         ema=jax.tree.map(jnp.zeros_like, params),
-        optimizer=optim.build(setup.config, setup.unit_norm).init(params),
+        optimizer=optim.start(params),
         counters=Counters(
             steps_since_l=firing.start(setup.config.sae.n_latents),
             dead_after_steps=jnp.int32(setup.config.dead_after_steps),

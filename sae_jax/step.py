@@ -5,10 +5,10 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
+from typing import Any
 
 import jax
-import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from sae_jax import firing, loader, normalize, optim
 from sae_jax import state as states
@@ -19,7 +19,7 @@ from sae_jax.config import (
     k_aux,
     subtracts_b_dec,
 )
-from sae_jax.mesh import DATA, LATENT
+from sae_jax.mesh import DATA, LATENT, param_spec
 from sae_jax.state import Setup, TrainState
 from sae_jax.store import Store
 
@@ -81,7 +81,7 @@ def make_step(
 
     The state that goes in is given up: its memory becomes the next one's.
     """
-    optimizer = optim.build(setup.config, setup.unit_norm)
+    update = _place_update(setup)
     placement = jax.tree.map(lambda leaf: leaf.sharding, states.abstract(setup))
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(placement, None))
@@ -90,24 +90,34 @@ def make_step(
             return setup.sae(params).loss((acts_bd, acts_bd), state.counters)
 
         grads, aux = jax.grad(loss, has_aux=True)(state.params)
-        updates, moments = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates) | aux["assigned"]
+        old = optim.Optimized(state.params, state.ema, state.optimizer)
+        new, norms = update(old, grads, aux["assigned"])
         steps_since_l = firing.update(state.counters.steps_since_l, aux["fired_l"])
         next_state = TrainState(
-            params=params,
-            ema=optim.ema_update(state.ema, params, setup.config.optimizer.ema_decay),
-            optimizer=moments,
+            params=new.params,
+            ema=new.ema,
+            optimizer=new.moments,
             counters=state.counters._replace(
                 steps_since_l=steps_since_l, steps=state.counters.steps + 1
             ),
         )
-        norms = {
-            "grad_norm": optax.tree.norm(grads),
-            "param_norm": optax.tree.norm(params),
-        }
         return next_state, aux["metrics"] | norms
 
     return step
+
+
+def _place_update(setup: Setup) -> Callable[..., tuple[optim.Optimized, Metrics]]:
+    """`optim.update` of each latent shard's own rows."""
+    shapes = states.abstract(setup)
+    specs: Any = {name: param_spec(name) for name in shapes.params}
+    moments = shapes.optimizer._replace(count=PartitionSpec(), mu=specs, nu=specs)
+    placed = optim.Optimized(specs, specs, moments)
+    return jax.shard_map(
+        functools.partial(optim.update, setup.config, setup.unit_norm, axis=LATENT),
+        mesh=setup.mesh,
+        in_specs=(placed, specs, PartitionSpec()),
+        out_specs=(placed, PartitionSpec()),
+    )
 
 
 def _identify(store: Store) -> str:

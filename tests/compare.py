@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import oracle
 import oracle_rivals as rivals
-from small_sae import L, make_counters, oracle_settings, place
+from small_sae import make_counters, oracle_settings, place
 
 from sae_jax.mesh import batch_sharding
 from sae_jax.state import Setup
@@ -76,7 +76,7 @@ def check_code(code, ranked_bl: oracle.Array, k: int, rtol: float = 0) -> None:
     assert values_bk.shape == indices_bk.shape == (len(ranked_bl), k)
     assert indices_bk.dtype == np.int32
     assert (values_bk >= 0).all() and (np.diff(values_bk) <= 0).all()
-    assert (0 <= indices_bk).all() and (indices_bk < L).all()
+    assert (0 <= indices_bk).all() and (indices_bk < ranked_bl.shape[1]).all()
     assert all(len(set(indices_k)) == k for indices_k in indices_bk)
     want_bk = np.array(oracle.choose(ranked_bl, k))
     want_values_bk = np.maximum(np.take_along_axis(ranked_bl, want_bk, 1), 0)

@@ -77,13 +77,15 @@ def oracle_settings(
     )
 
 
-def make_params(seed: int = 0, use_b_enc: bool = True) -> oracle.Params:
+def make_params(
+    seed: int = 0, use_b_enc: bool = True, n_latents: int = L
+) -> oracle.Params:
     rng = np.random.default_rng(seed)
     params = {
-        "w_enc_ld": rng.normal(size=(L, D)),
-        "w_dec_ld": oracle.unit_norm_rows(rng.normal(size=(L, D))),
+        "w_enc_ld": rng.normal(size=(n_latents, D)),
+        "w_dec_ld": oracle.unit_norm_rows(rng.normal(size=(n_latents, D))),
         "b_dec_d": 0.3 * rng.normal(size=D),
-        "b_enc_l": 0.5 * rng.normal(size=L),
+        "b_enc_l": 0.5 * rng.normal(size=n_latents),
     }
     return params if use_b_enc else {n: a for n, a in params.items() if n != "b_enc_l"}
 
@@ -105,9 +107,9 @@ def make_rows(seed: int = 1, n_rows: int = B) -> oracle.Array:
     return np.random.default_rng(seed).normal(size=(n_rows, D))
 
 
-def random_dead(n_dead: int) -> np.ndarray:
+def random_dead(n_dead: int, n_latents: int = L) -> np.ndarray:
     """Dead latents, spread so that every latent shard has some."""
-    return np.random.default_rng(2).permutation(L) < n_dead
+    return np.random.default_rng(2).permutation(n_latents) < n_dead
 
 
 def make_counters(

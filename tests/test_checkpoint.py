@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import synthetic
 
-from sae_jax import checkpoint, optim, run, state
+from sae_jax import checkpoint, run, state
 from sae_jax.checkpoint import Checkpoints
 from sae_jax.config import MeshConfig
 from sae_jax.mesh import make_mesh
@@ -21,7 +21,7 @@ def saved(planted_store, tmp_path_factory):
     """A run folder with a checkpoint of step 3, made on mesh (2, 4)."""
     setup = _setup(planted_store, (2, 4))
     train_state = state.create(setup, jnp.asarray(synthetic.sample_rows(256)))
-    ema = optim.ema_update(train_state.ema, train_state.params, 0.5)
+    ema = jax.tree.map(lambda param: param / 2, train_state.params)
     train_state = train_state._replace(ema=ema)
     workdir = tmp_path_factory.mktemp("saved") / "run"
     checkpoints = Checkpoints(workdir)

@@ -1,6 +1,7 @@
 """The optimizer chain, the weight average and the firing counter against the oracle."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -75,26 +76,97 @@ def _settings(config: TrainConfig) -> oracle.Settings:
     )
 
 
+def _start(params: oracle.Params) -> optim.Optimized:
+    params = jax.tree.map(jnp.asarray, params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return optim.Optimized(params, zeros, optim.start(params))
+
+
+def _updater(config: TrainConfig, unit_norm: tuple[str, ...] = UNIT_NORM):
+    """(old, gradients) -> (new, norms), compiled."""
+    compiled = jax.jit(functools.partial(optim.update, config, unit_norm, assigned={}))
+
+    def update(old: optim.Optimized, gradients: oracle.Params):
+        return compiled(
+            old,
+            {
+                name: jnp.asarray(gradients[name], value.dtype)
+                for name, value in old.params.items()
+            },
+        )
+
+    return update
+
+
+@pytest.mark.parametrize("chunk_size", [5 * D, 2**19])  # of 32 rows 2 are left over
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_chain_is_projection_then_clipping_then_adam_then_unit_rows(schedule):
+def test_update_is_projection_then_clipping_then_adam_then_unit_rows(
+    schedule, chunk_size, monkeypatch
+):
+    monkeypatch.setattr(optim, "_CHUNK_SIZE", chunk_size)
     config = _config(**SCHEDULES[schedule])
     want, is_clipped = oracle.initial_state(_params()), set()
     with jax.enable_x64():
-        chain = optim.build(config, UNIT_NORM)
-        params = jax.tree.map(jnp.asarray, want.params)
-        state = chain.init(params)
+        got, update = _start(want.params), _updater(config)
         for seed in range(20):
             gradients = _gradients(seed)
-            updates, state = chain.update(
-                jax.tree.map(jnp.asarray, gradients), state, params
-            )
-            params = optax.apply_updates(params, updates)
-            is_clipped.add(bool(optax.tree.norm(gradients) > 0.01))
+            got, norms = update(got, gradients)
+            is_clipped.add(bool(norms["grad_norm"] > 0.01))
             fired_l = np.zeros(L, bool)
             want = oracle.update(want, gradients, fired_l, _settings(config))
             for name, value in want.params.items():
-                np.testing.assert_allclose(params[name], value, rtol=1e-10, atol=1e-12)
+                close = dict(rtol=1e-10, atol=1e-12)
+                np.testing.assert_allclose(got.params[name], value, **close)
+                np.testing.assert_allclose(got.ema[name], want.ema[name], **close)
+            for norm, of in (("grad_norm", gradients), ("param_norm", want.params)):
+                np.testing.assert_allclose(norms[norm], optax.tree.norm(of), rtol=1e-10)
     assert is_clipped == {True, False}
+
+
+def test_moments_are_optaxs():
+    config = _config()
+    with jax.enable_x64():
+        got = _start(_params())
+        adam = optax.scale_by_adam(b1=0.8, b2=0.95, eps=1e-5)
+        want, update = adam.init(got.params), _updater(config, ())
+        assert jax.tree.structure(got.moments) == jax.tree.structure(want)
+        for seed in range(3):
+            got, _ = update(got, _gradients(seed))
+            _, want = adam.update(jax.tree.map(jnp.asarray, _gradients(seed)), want)
+            for a, b in zip(jax.tree.leaves(got.moments), jax.tree.leaves(want)):
+                np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_an_assigned_parameter_is_taken_as_it_is_and_averaged():
+    params = {"w_dec_ld": _params()["w_dec_ld"], "threshold": np.float64(2)}
+    gradients = {"w_dec_ld": _gradients(0)["w_dec_ld"], "threshold": np.float64(7)}
+    with jax.enable_x64():
+        gradients = jax.tree.map(jnp.asarray, gradients)
+        assigned = {"threshold": jnp.asarray(5.0)}
+        step = jax.jit(functools.partial(optim.update, _config(), ()))
+        got, norms = step(_start(params), gradients, assigned)
+        got = jax.device_get(got)
+    assert got.params["threshold"] == 5
+    np.testing.assert_allclose(got.ema["threshold"], 0.1 * 5, rtol=1e-12)
+    assert got.moments.mu["threshold"] == got.moments.nu["threshold"] == 0
+    want = np.sqrt(L + 5**2)  # as many unit rows, nearly, and the threshold
+    np.testing.assert_allclose(norms["param_norm"], want, rtol=0.01)
+
+
+def test_nothing_of_the_size_of_a_parameter_is_held_beside_the_state(monkeypatch):
+    """And what is given up becomes what comes back."""
+    monkeypatch.setattr(optim, "_CHUNK_SIZE", 2**15)
+    params = {"w_dec_ld": jnp.zeros((40960, 64)), "w_enc_ld": jnp.zeros((40960, 64))}
+    size = params["w_dec_ld"].nbytes
+
+    def step(old, grads):
+        return optim.update(TrainConfig(), UNIT_NORM, old, grads, {})
+
+    old = optim.Optimized(params, params, optim.start(params))
+    compiled = jax.jit(step, donate_argnums=0).lower(old, params).compile()
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 0.1 * size
+    assert memory.alias_size_in_bytes >= 8 * size
 
 
 @pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 4), (8, 1)])
@@ -111,7 +183,7 @@ def test_a_step_clips_by_the_norm_over_all_parameters_on_all_devices(x64, mesh_s
     state = TrainState(
         params=params,
         ema=jax.tree.map(jnp.zeros_like, params),
-        optimizer=optim.build(config, setup.unit_norm).init(params),
+        optimizer=optim.start(params),
         counters=small_sae.make_counters(np.zeros(L, bool)),
     )
     step, norms = make_step(setup), []
@@ -150,58 +222,47 @@ def test_defaults_are_the_papers():
     config = TrainConfig(sae=SaeConfig(n_latents=2**12, k=4))
     assert (config.optimizer.b1, config.optimizer.b2) == (0.9, 0.999)
     with jax.enable_x64():
-        chain = optim.build(config, ())
         # A gradient of the size of eps shows eps; one far above it, the rate.
-        params = {"b_dec_d": jnp.zeros(2)}
-        gradients = {"b_dec_d": jnp.array([6.25e-10, 1.0])}
-        updates, _ = chain.update(gradients, chain.init(params), params)
-    np.testing.assert_allclose(updates["b_dec_d"], [-2e-4, -4e-4], rtol=1e-6)
+        gradients = {"b_dec_d": np.array([6.25e-10, 1.0])}
+        got, _ = _updater(config, ())(_start({"b_dec_d": np.zeros(2)}), gradients)
+    np.testing.assert_allclose(got.params["b_dec_d"], [-2e-4, -4e-4], rtol=1e-6)
 
 
-def test_projected_gradient_is_orthogonal_to_the_rows_and_leaves_the_rest_alone():
-    params = jax.tree.map(jnp.float32, _params())
-    gradients = jax.tree.map(jnp.float32, _gradients(1))
-    project = optim.project_rows(UNIT_NORM)
-    projected, _ = project.update(gradients, project.init(params), params)
-    along_l = jnp.sum(projected["w_dec_ld"] * params["w_dec_ld"], axis=1)
-    size = jnp.abs(gradients["w_dec_ld"]).max()
+def test_projected_gradient_is_orthogonal_to_the_rows():
+    w_ld = jnp.float32(_params()["w_dec_ld"])
+    grad_ld = jnp.float32(_gradients(1)["w_dec_ld"])
+    projected_ld = optim.project_rows(grad_ld, w_ld)
+    size = jnp.abs(grad_ld).max()
+    along_l = jnp.sum(projected_ld * w_ld, axis=1)
     np.testing.assert_allclose(along_l / size, 0, atol=1e-6)
     want = oracle.project_rows(_gradients(1)["w_dec_ld"], _params()["w_dec_ld"])
-    np.testing.assert_allclose(projected["w_dec_ld"] / size, want / size, atol=1e-6)
-    for name in ("w_enc_ld", "b_dec_d"):
-        np.testing.assert_array_equal(projected[name], gradients[name])
+    np.testing.assert_allclose(projected_ld / size, want / size, atol=1e-6)
 
 
 def test_rows_have_unit_norm_after_every_update_in_float32():
-    params = jax.tree.map(jnp.float32, _params())
-    chain = optim.build(
-        TrainConfig(optimizer=OptimizerConfig(learning_rate=0.1)), UNIT_NORM
-    )
-    state = chain.init(params)
+    config = TrainConfig(optimizer=OptimizerConfig(learning_rate=0.1))
+    got, update = _start(jax.tree.map(np.float32, _params())), _updater(config)
     for seed in range(20):
-        gradients = jax.tree.map(jnp.float32, _gradients(seed))
-        updates, state = chain.update(gradients, state, params)
-        params = optax.apply_updates(params, updates)
-        norm_l = np.linalg.norm(np.float64(params["w_dec_ld"]), axis=1)
+        got, _ = update(got, _gradients(seed))
+        norm_l = np.linalg.norm(np.float64(got.params["w_dec_ld"]), axis=1)
         np.testing.assert_allclose(norm_l, 1, atol=3e-7)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, 0.999])
-def test_average_is_the_oracles_with_unit_rows_where_declared(decay):
-    with jax.enable_x64():
-        ema = jax.tree.map(lambda a: jnp.zeros(a.shape), _params())
-        want = {name: np.zeros_like(a) for name, a in _params().items()}
-        for n_steps in range(1, 6):
-            params = jax.tree.map(jnp.asarray, _params(n_steps))
-            ema = optim.ema_update(ema, params, decay)
-            for name, value in _params(n_steps).items():
-                want[name] = oracle.ema_update(want[name], value, decay)
-            read = optim.ema_read(ema, decay, n_steps, UNIT_NORM)
-            for name, value in read.items():
-                want_read = oracle.ema_read(want[name], decay, n_steps)
-                if name in UNIT_NORM:
-                    want_read = oracle.unit_norm_rows(want_read)
-                np.testing.assert_allclose(value, want_read, rtol=1e-11)
+def test_average_is_read_free_of_its_start_and_with_unit_rows(decay):
+    ema = {name: np.zeros_like(value) for name, value in _params().items()}
+    for n_steps in range(1, 6):
+        for name, value in _params(n_steps).items():
+            ema[name] = oracle.ema_update(ema[name], value, decay)
+        with jax.enable_x64():
+            read = optim.ema_read(
+                jax.tree.map(jnp.asarray, ema), decay, n_steps, UNIT_NORM
+            )
+        for name, value in read.items():
+            want = oracle.ema_read(ema[name], decay, n_steps)
+            if name in UNIT_NORM:
+                want = oracle.unit_norm_rows(want)
+            np.testing.assert_allclose(value, want, rtol=1e-11)
     with pytest.raises(ValueError):
         optim.ema_read(ema, decay, 0, UNIT_NORM)
 

@@ -202,7 +202,7 @@ def test_a_run_of_100_steps_is_the_oracles(x64, mesh_shape):
     state = TrainState(
         params=params,
         ema=jax.tree.map(jnp.zeros_like, params),
-        optimizer=optim.build(setup.config, setup.unit_norm).init(params),
+        optimizer=optim.start(params),
         counters=make_counters(random_dead(0))._replace(steps_since_l=firing.start(L)),
     )
     step, n_dead = make_step(setup), []

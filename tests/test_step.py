@@ -92,7 +92,7 @@ def test_a_new_state_is_partitioned_over_latents(planted_store):
     for leaf in (
         train_state.params["w_enc_ld"],
         train_state.ema["w_dec_ld"],
-        train_state.optimizer[2][0].mu["w_enc_ld"],
+        train_state.optimizer.mu["w_enc_ld"],
     ):
         assert {shard.data.shape for shard in leaf.addressable_shards} == {(32, 16)}
 

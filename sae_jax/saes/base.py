@@ -24,7 +24,7 @@ from sae_jax import normalize, optim, sparse, topk
 from sae_jax.config import SaeConfig, max_active, subtracts_b_dec
 from sae_jax.firing import Counters
 from sae_jax.matmul import matmul
-from sae_jax.mesh import DATA, LATENT
+from sae_jax.mesh import DATA, LATENT, param_spec
 from sae_jax.normalize import Normalization
 from sae_jax.saes.code import SparseCode
 
@@ -198,7 +198,7 @@ class Sae(nnx.Module):
         weights = {name: getattr(self, name)[...] for name in names}
         if self.config.norm_weighted:
             weights = _weigh_by_norm(weights)
-        return weights, {name: spec(name) for name in weights}
+        return weights, {name: param_spec(name) for name in weights}
 
     def encoder(
         self, normed_bd: jax.Array, weights: Weights
@@ -263,19 +263,12 @@ class DenseSae(Sae):
 
 def new_param(name: str, value: jax.Array) -> nnx.Param:
     """A parameter, placed as its name says."""
-    return nnx.Param(value, out_sharding=tuple(spec(name)))
+    return nnx.Param(value, out_sharding=tuple(param_spec(name)))
 
 
 def new_bias(w_enc: nnx.Param) -> nnx.Param:
     """Zeros [L] for an encoder [L, D]."""
     return new_param("b_l", jnp.zeros_like(w_enc[:, 0]))
-
-
-def spec(name: str) -> P:
-    """Where the parameter of this name lives."""
-    return {"ld": P(LATENT, None), "l": LATENTS, "d": P(None)}.get(
-        name.rpartition("_")[2], P()
-    )
 
 
 @jax.custom_vjp

@@ -70,7 +70,8 @@ def is_unproven(buckets: Buckets, k: int) -> jax.Array:
     assert buckets.lost_bn is not None
     candidates = jnp.concatenate(buckets.values, axis=1)
     values_bk, _ = lax.top_k(candidates, min(k + 1, candidates.shape[1]))
-    is_lost_b = buckets.lost_bn.max(axis=1) >= values_bk[:, k - 1]
+    # Not `>=`: a NaN that was let go of proves nothing.
+    is_lost_b = ~(buckets.lost_bn.max(axis=1) < values_bk[:, k - 1])
     return is_lost_b | (values_bk[:, 1:] == values_bk[:, :-1]).any(axis=1)
 
 

@@ -23,7 +23,7 @@ _AGAIN = 1 / 128  # of all rows, that the exact method may expect to choose for 
 
 # Rows and latents of a tile: on a CPU it has to stay in cache, elsewhere it bounds
 # memory, at 256 MiB.
-_CPU_TILE = (1024, 4096)
+_CPU_TILE = (1024, 2048)
 _LARGE_TILE = (8192, 8192)
 
 
@@ -38,7 +38,7 @@ class Choice:
     tile_rows: int
     tile_latents: int  # a multiple of n_buckets
     n_latents: int  # of all shards together
-    recall_target: float
+    recall_target: float  # of what a shard hands over, for `approx`
     recall: float  # expected, of the whole choice
 
 
@@ -64,7 +64,7 @@ def plan(
     def found(n_buckets: int, kept: int) -> float:
         return bucketed_recall(n_latents, k, n_buckets * n_shards, kept)
 
-    n_buckets, kept, recall = 0, 0, handed_over
+    n_buckets, kept, asked, recall = 0, 0, recall_target, handed_over
     if method == "exact":
         n_buckets, kept = _fewest(
             n_own, k_in, lambda *buckets: crowded_rows(n_own, k_in, *buckets) <= _AGAIN
@@ -74,8 +74,9 @@ def plan(
             n_own, k_in, lambda *buckets: handed_over * found(*buckets) >= recall_target
         )
         recall *= found(n_buckets, kept) if n_buckets else 1
-    elif platform == "tpu":  # elsewhere `approx` is exact
-        recall *= recall_target
+    elif platform == "tpu" and handed_over >= recall_target:
+        # Elsewhere `approx` is exact. Both losses together may reach the target.
+        asked, recall = recall_target / handed_over, recall_target
     _check_recall(recall, recall_target, method, capacity_factor)
     tile_rows, tile_latents = _CPU_TILE if platform == "cpu" else _LARGE_TILE
     return Choice(
@@ -84,9 +85,9 @@ def plan(
         n_buckets=n_buckets,
         kept=kept,
         tile_rows=tile_rows,
-        tile_latents=_fit(max(tile_latents, k_in), n_own, n_buckets or 1),
+        tile_latents=_fit(tile_latents, k_in, n_own, n_buckets or 1),
         n_latents=n_latents,
-        recall_target=recall_target,
+        recall_target=asked,
         recall=recall,
     )
 
@@ -109,10 +110,10 @@ def _fewest(
     return n_buckets, kept
 
 
-def _fit(tile: int, n_own: int, unit: int) -> int:
-    """About `tile` latents, so that tiles are of equal size and a multiple of unit."""
-    n_tiles = -(-n_own // tile)
-    return min(-(-n_own // (n_tiles * unit)) * unit, n_own // unit * unit)
+def _fit(tile: int, k: int, n_own: int, unit: int) -> int:
+    """About `tile` latents, K at least, in equal tiles that are a multiple of unit."""
+    size = max(k, -(-n_own // -(-n_own // tile)))
+    return min(-(-size // unit) * unit, n_own // unit * unit)
 
 
 def _check_recall(
