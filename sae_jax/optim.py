@@ -97,6 +97,7 @@ def update(
         correction2=1 - config.optimizer.b2**count,
         clip_factor=clip_factor,
     )
+    first = _wait_for(grads)
     slots, squares = {}, {}
     for name, param in old.params.items():
         slot = _Slots(param, old.ema[name], moments.mu[name], moments.nu[name])
@@ -106,7 +107,7 @@ def update(
             squares[name] = _sums_of_squares(grads[name], assigned[name])
         else:
             slots[name], squares[name] = _update(
-                config, name in unit_norm, slot, grads[name], step
+                config, name in unit_norm, slot, grads[name], step, first
             )
     grad_norm, param_norm = jnp.sqrt(_add_up(squares, axis))
     new = Optimized(
@@ -157,7 +158,12 @@ def ema_read(
 
 
 def _update(
-    config: TrainConfig, is_unit: bool, slots: _Slots, grad: jax.Array, step: _Step
+    config: TrainConfig,
+    is_unit: bool,
+    slots: _Slots,
+    grad: jax.Array,
+    step: _Step,
+    first: jax.Array,
 ) -> tuple[_Slots, jax.Array]:
     """One parameter after one step, and the sums of squares of gradient and itself."""
     n_rows = grad.shape[0] if grad.ndim else 1
@@ -200,11 +206,26 @@ def _update(
         slots, grad = jax.tree.map(jnp.atleast_1d, (slots, grad))
     n_chunks, n_left = divmod(n_rows, rows)
     zeros = jnp.full_like(grad, 0, shape=(2,))
-    slots, squares = lax.fori_loop(0, n_chunks, loop, (slots, zeros))
+    slots, squares = lax.fori_loop(first, n_chunks, loop, (slots, zeros))
     if n_left:
         slots, more = on_chunk(jnp.int32(n_rows - n_left), n_left, slots, grad)
         squares += more
     return jax.tree.map(lambda array: array.reshape(shape), slots), squares
+
+
+def _wait_for(grads: Params) -> jax.Array:
+    """0, known when the gradients of the small parameters are.
+
+    The last of them, of b_dec, reads W_enc. If it were not clear that this happens
+    before W_enc is overwritten, W_enc would be copied.
+    """
+    small = [jnp.sum(jnp.square(g)) for n, g in grads.items() if not _is_spread(n)]
+    return (sum(small, start=jnp.zeros(())) < 0).astype(jnp.int32)
+
+
+def _is_spread(name: str) -> bool:
+    """Whether a parameter is partitioned over latents."""
+    return name.endswith(("_l", "_ld"))
 
 
 def _clip_factor(
@@ -229,9 +250,8 @@ def _clip_factor(
 
 def _add_up(squares: dict[str, jax.Array], axis: str | None) -> jax.Array:
     """The sum over all parameters on all devices."""
-    is_spread = {name: name.endswith(("_l", "_ld")) for name in squares}
-    own = [square for name, square in squares.items() if is_spread[name]]
-    shared = [square for name, square in squares.items() if not is_spread[name]]
+    own = [square for name, square in squares.items() if _is_spread(name)]
+    shared = [square for name, square in squares.items() if not _is_spread(name)]
     total = sum(own, start=jnp.zeros(()))
     return sum(shared, start=lax.psum(total, axis) if axis else total)
 

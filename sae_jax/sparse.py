@@ -100,7 +100,11 @@ def outer_sum(
         return sum_ld.at[latents].add(rows, indices_are_sorted=True, mode="drop")
 
     n_chunks = -(-jnp.sum(is_used_n, dtype=jnp.int32) // chunk)
-    return lax.fori_loop(0, n_chunks, add, _zeros(values_n, n_latents, x_bd.shape[1]))
+    zeros_ld = _zeros(values_n, n_latents, x_bd.shape[1])
+    # Zeros that XLA cannot take for those of another sum: it would make one array of
+    # them, and then a copy for each.
+    zeros_ld += jnp.minimum(n_chunks, 0).astype(zeros_ld.dtype)
+    return lax.fori_loop(0, n_chunks, add, zeros_ld)
 
 
 def _decode(

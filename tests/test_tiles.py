@@ -88,7 +88,7 @@ def test_tiles_never_hold_the_dense_code(monkeypatch, architecture, mesh_shape):
     """Forward, backward and between: no array is half as large as a shard's code."""
     fields = {"n_latents": 256, **CASES[architecture]}
     setup = make_setup(mesh_shape, architecture=architecture, **fields)
-    n_rows = 256  # many more than D, so that weights and rows are small beside a code
+    n_rows = 512  # many more than D, so that weights and rows are small beside a code
     dense = n_rows // mesh_shape[0] * 256 // mesh_shape[1]
     assert _largest_array(setup, n_rows) >= dense
     n_tiles = 4

@@ -30,9 +30,8 @@ def own_weights(
     """
     rows_bd, w_enc_ld, bias_l = sae.encoder(normed_bd, weights)
     if "b_enc_l" in weights:
-        bias_l += lax.pcast(weights["b_enc_l"], DATA, to="varying")
-    w_dec_ld = lax.pcast(weights["w_dec_ld"], DATA, to="varying")
-    return rows_bd, dead_latents.Weights(w_enc_ld, bias_l, w_dec_ld)
+        bias_l += weights["b_enc_l"]
+    return rows_bd, dead_latents.Weights(w_enc_ld, bias_l, weights["w_dec_ld"])
 
 
 def reconstruct(

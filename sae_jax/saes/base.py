@@ -178,7 +178,7 @@ class Sae(nnx.Module):
         """Rows [B, D] in the SAE's space, of a code with global indices."""
 
         def on_shard(values_bk, indices_bk, weights):  # type: ignore[no-untyped-def]
-            w_dec_ld = lax.pcast(weights["w_dec_ld"], DATA, to="varying")
+            w_dec_ld = weights["w_dec_ld"]
             n_own = w_dec_ld.shape[0]
             own_bk = indices_bk - lax.axis_index(LATENT) * n_own
             is_own_bk = (own_bk >= 0) & (own_bk < n_own)
@@ -209,13 +209,12 @@ class Sae(nnx.Module):
         -(sum_b g_bl) W_enc, one product of a vector, where differentiating x - b_dec
         would cost a matmul. All vary over the whole mesh.
         """
-        w_enc_ld = lax.pcast(weights["w_enc_ld"], DATA, to="varying")
-        bias_l = jnp.zeros_like(weights["w_enc_ld"][:, 0])
+        w_enc_ld = weights["w_enc_ld"]
+        bias_l = jnp.zeros_like(w_enc_ld[:, 0])
         if subtracts_b_dec(self.config):
             b_dec_d = weights["b_dec_d"]
             normed_bd = normed_bd - lax.stop_gradient(b_dec_d)
-            bias_l = _owe(lax.pcast(b_dec_d, LATENT, to="varying"), weights["w_enc_ld"])
-        bias_l = lax.pcast(bias_l, DATA, to="varying")
+            bias_l = _owe(lax.pcast(b_dec_d, LATENT, to="varying"), w_enc_ld)
         return lax.pcast(normed_bd, LATENT, to="varying"), w_enc_ld, bias_l
 
     def project(self, normed_bd: jax.Array, weights: Weights) -> jax.Array:
@@ -225,25 +224,53 @@ class Sae(nnx.Module):
 
     def decode_part(self, code_bl: jax.Array, weights: Weights) -> jax.Array:
         """What a shard's, or a tile's, dense code adds to x̂: [B, D], without b_dec."""
-        w_dec_ld = lax.pcast(weights["w_dec_ld"], DATA, to="varying")
-        return matmul(code_bl, w_dec_ld, self.dtype)
+        return matmul(code_bl, weights["w_dec_ld"], self.dtype)
+
+    def on_shards(
+        self,
+        on_shard: Callable[..., Any],
+        in_specs: tuple[P, ...],
+        out_specs: Any,
+        check_vma: bool = True,
+    ) -> Callable[..., Any]:
+        """on_shard(*arrays, weights) by `jax.shard_map`, a function of the arrays.
+
+        Weights vary over the data axis, so that their gradients are summed over it. Of
+        one data shard that sum would only copy them: there an axis of one takes its
+        place.
+        """
+        weights, specs = self.weights()
+        is_one = self.mesh.shape[DATA] == 1
+        if is_one:
+            weights = {name: value[None] for name, value in weights.items()}
+            specs = {name: P(DATA, *spec) for name, spec in specs.items()}
+
+        def with_weights(*args: Any) -> Any:
+            *arrays, weights = args
+            own = {
+                name: value[0] if is_one else lax.pcast(value, DATA, to="varying")
+                for name, value in weights.items()
+            }
+            return on_shard(*arrays, own)
+
+        mapped = jax.shard_map(
+            with_weights,
+            mesh=self.mesh,
+            in_specs=(*in_specs, specs),
+            out_specs=out_specs,
+            check_vma=check_vma,
+        )
+        return lambda *arrays: mapped(*arrays, weights)
 
     def _map_rows(
         self, on_shard: Callable[..., Any], *rows: jax.Array, check_vma: bool = True
     ) -> Any:
         """on_shard(*rows, weights) on all shards; any number of rows."""
-        weights, specs = self.weights()
         n_rows = rows[0].shape[0]
         missing = -n_rows % self.mesh.shape[DATA]
-        mapped = jax.shard_map(
-            on_shard,
-            mesh=self.mesh,
-            in_specs=(*[ROWS] * len(rows), specs),
-            out_specs=ROWS,
-            check_vma=check_vma,
-        )
+        mapped = self.on_shards(on_shard, (ROWS,) * len(rows), ROWS, check_vma)
         padded = [jnp.pad(array, ((0, missing), (0, 0))) for array in rows]
-        return jax.tree.map(lambda out: out[:n_rows], mapped(*padded, weights))
+        return jax.tree.map(lambda out: out[:n_rows], mapped(*padded))
 
 
 class DenseSae(Sae):

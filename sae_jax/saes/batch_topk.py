@@ -105,13 +105,10 @@ class BatchTopKSae(DenseSae):
         placed = {"recon_bd": ROWS, "aux_recon_bd": ROWS}
         if self.config.prefixes:
             placed["groups_gbd"] = P(None, DATA, None)
-        weights, specs = self.weights()
-        return jax.shard_map(
-            on_shard,
-            mesh=self.mesh,
-            in_specs=(ROWS, LATENTS, specs),
-            out_specs=(placed, LATENTS, P(), P()),
-        )(normed_bd, is_dead_l, weights)
+        mapped = self.on_shards(
+            on_shard, (ROWS, LATENTS), (placed, LATENTS, P(), P())
+        )
+        return mapped(normed_bd, is_dead_l)
 
     def _reconstruct(
         self, z_bl: jax.Array, w_dec_ld: jax.Array

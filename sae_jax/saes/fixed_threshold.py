@@ -37,7 +37,6 @@ def fit_threshold(sae: TopKSae | BatchTopKSae, acts_bd: jax.Array, l0: float) ->
             f"l0 = {l0} on {len(acts_bd)} rows: must be above 0 and at most n_latents "
             f"= {sae.n_latents}"
         )
-    weights, specs = sae.weights()
 
     def on_shard(normed_bd, weights):  # type: ignore[no-untyped-def]
         pre_bl = nnx.relu(sae.project(normed_bd, weights) + weights.get("b_enc_l", 0))
@@ -45,9 +44,8 @@ def fit_threshold(sae: TopKSae | BatchTopKSae, acts_bd: jax.Array, l0: float) ->
         return [topk.nth_largest(pre_bl, n, (DATA, LATENT)) for n in around], n_above_b
 
     around = (n_kept, n_kept + 1)
-    (least, next_to_it), n_above_b = jax.shard_map(
-        on_shard, mesh=sae.mesh, in_specs=(ROWS, specs), out_specs=(P(), P(DATA))
-    )(sae.normalize(acts_bd)[0], weights)
+    mapped = sae.on_shards(on_shard, (ROWS,), (P(), P(DATA)))
+    (least, next_to_it), n_above_b = mapped(sae.normalize(acts_bd)[0])
     if least == 0:
         mean = np.asarray(n_above_b).mean(dtype=np.float64)
         most = math.floor(1000 * mean) / 1000  # down, so that it can be given

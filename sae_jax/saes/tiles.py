@@ -36,13 +36,7 @@ def sum_over_latents(
         sums, fired_l = _on_tiles(_with_l0(on_tile), normed_bd, weights)
         return lax.psum(sums, LATENT), lax.pmax(fired_l, DATA) > 0
 
-    weights, specs = sae.weights()
-    return jax.shard_map(
-        on_shard,
-        mesh=sae.mesh,
-        in_specs=(ROWS, specs),
-        out_specs=(P(DATA), LATENTS),
-    )(normed_bd, weights)
+    return sae.on_shards(on_shard, (ROWS,), (P(DATA), LATENTS))(normed_bd)
 
 
 def _with_l0(on_tile: OnTile) -> OnTile:

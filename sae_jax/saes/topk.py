@@ -126,13 +126,9 @@ class TopKSae(Sae):
         placed = {name: ROWS for name in names}
         if self.config.prefixes:
             placed["groups_gbd"] = P(None, DATA, None)
-        weights, specs = self.weights()
-        return jax.shard_map(
-            on_shard,
-            mesh=self.mesh,
-            in_specs=(ROWS, LATENTS, specs),
-            out_specs=(placed, LATENTS, {"l0": P(), "n_resorted": P()}),
-        )(normed_bd, is_dead_l, weights)
+        counted = {"l0": P(), "n_resorted": P()}
+        mapped = self.on_shards(on_shard, (ROWS, LATENTS), (placed, LATENTS, counted))
+        return mapped(normed_bd, is_dead_l)
 
     def _choose(
         self, rows_bd: jax.Array, own: dead_latents.Weights, k: int
