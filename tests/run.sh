@@ -4,8 +4,8 @@
 #   bash tests/run.sh [--full] [arguments of pytest]
 #
 # Without --full, tests marked `slow` or `torch` are left out. With it everything runs,
-# torch and transformers are installed, and a test that skips because a package is
-# missing fails. The Python is chosen as launch/quickstart.sh does.
+# torch, transformers and libtpu are installed, and a test that skips because a package
+# is missing fails. The Python is chosen as launch/quickstart.sh does.
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/../launch/environment.sh"
 
@@ -14,7 +14,7 @@ if [ "${1:-}" = --full ]; then
   # Pinned so that a CPU build of this version in pip's find-links or extra index, which
   # ranks above the plain one, is taken: the plain one brings gigabytes of CUDA on Linux.
   # By pip, because that configuration is pip's.
-  prepare_environment pip test,torch torch==2.13.0
+  prepare_environment pip test,torch,tpu torch==2.13.0
   export PYTHONPATH="$root/tests${PYTHONPATH:+:$PYTHONPATH}"
   set -- -p refuse_skips "$@"
 else

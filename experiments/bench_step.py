@@ -1,0 +1,132 @@
+"""How much longer a training step takes than the encoder's matmul, and what for.
+
+    python experiments/bench_step.py
+
+The default shape is the platform's: on a CPU float32, 8,192 rows of width 768, 32,768
+latents, K = 32; on a GPU bfloat16, 65,536 rows of width 4,096, 131,072 latents, K = 64.
+Every variant projects gradients, runs Adam, keeps decoder rows at unit norm and the
+average of the weights, and is of one batch of normal rows. With AuxK, of k_aux = D / 2,
+a tenth of the latents, spread at random, are dead in every step.
+
+The plain matmul writes its [B, L], in the dtype of its factors. `over_matmul` is in
+relation to the faster of its two layouts. A step less the gradient alone is the
+optimizer; the gradient less the choice alone is decoding, AuxK and their gradients.
+
+Measured: TABLE TO COME
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from timing import Figures, Shape, make_rows, make_setup, medians, plain_matmuls, start
+
+from sae_jax import state as states
+from sae_jax import topk
+from sae_jax.firing import Counters
+from sae_jax.state import Setup, TrainState
+from sae_jax.step import make_step
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "exact": {"selection": "exact"},
+    "bucketed": {"selection": "bucketed"},
+    "bucketed, AuxK": {"selection": "bucketed", "aux_coefficient": 1 / 32},
+    "bucketed, Multi-TopK": {"selection": "bucketed", "multi_topk": True},
+}
+PARTS = ("step", "gradient", "select")
+DEAD = 10  # one latent in so many
+
+
+def measure(shape: Shape, repeats: int) -> Iterator[Figures]:
+    """One row for each layout of the plain matmul, then one for each variant."""
+    runs = _Runs(shape)
+    matmuls = plain_matmuls(runs.rows_bd, runs.state.params["w_enc_ld"])
+    contenders = matmuls | {
+        f"{part} {name}": run
+        for name in VARIANTS
+        for part, run in runs.contenders(name).items()
+    }
+    seconds = medians(contenders, repeats)
+    matmul = min(seconds[name] for name in matmuls)
+    for name in matmuls:
+        yield _row(name, seconds[name], matmul)
+    for name in VARIANTS:
+        step, gradient, select = (seconds[f"{part} {name}"] for part in PARTS)
+        yield _row(name, step, matmul, select, gradient - select, step - gradient)
+
+
+class _Runs:
+    """One state, which every step of every variant takes and hands on."""
+
+    def __init__(self, shape: Shape):
+        self._shape = shape
+        setup = make_setup(shape)
+        self.rows_bd = make_rows(shape)
+        self.state: TrainState = states.create(setup, self.rows_bd)
+        is_dead_l = np.random.default_rng(0).permutation(shape.latents) % DEAD == 0
+        never = setup.config.dead_after_steps
+        self._since_l = jnp.where(is_dead_l, never, 0).astype(jnp.int32)
+
+    def contenders(self, name: str) -> dict[str, Callable[[], Any]]:
+        """A whole step, its gradient, and its choice of latents."""
+        k_aux = self._shape.d_model // 2
+        setup = make_setup(self._shape, k_aux=k_aux, **VARIANTS[name])
+        step = make_step(setup)
+        gradient = jax.jit(_gradient(setup))
+        select = jax.jit(_select(setup, self._shape.dtype))
+
+        def run_step() -> TrainState:
+            counters = self._counters(setup)
+            self.state, _ = step(self.state._replace(counters=counters), self.rows_bd)
+            return self.state
+
+        def run_gradient() -> Any:
+            return gradient(self.state.params, self._counters(setup), self.rows_bd)
+
+        def run_select() -> Any:
+            return select(self.state.params, self.rows_bd)
+
+        return dict(zip(PARTS, (run_step, run_gradient, run_select)))
+
+    def _counters(self, setup: Setup) -> Counters:
+        has_auxk = setup.config.sae.aux_coefficient > 0
+        # New each time: the step before it was given the last one's memory.
+        return self.state.counters._replace(steps_since_l=self._since_l * has_auxk)
+
+
+def _row(name: str, seconds: float, matmul: float, *parts: float) -> Figures:
+    select, gradients, optimizer = parts or (None,) * 3
+    return {
+        "variant": name,
+        "seconds": seconds,
+        "over_matmul": seconds / matmul,
+        "select": select,
+        "decode_and_gradients": gradients,
+        "optimizer": optimizer,
+    }
+
+
+def _gradient(setup: Setup) -> Callable[..., Any]:
+    def loss(params: Any, counters: Counters, rows_bd: jax.Array) -> Any:
+        return setup.sae(params).loss((rows_bd, rows_bd), counters)
+
+    return jax.grad(loss, has_aux=True)
+
+
+def _select(setup: Setup, dtype: str) -> Callable[..., Any]:
+    config = setup.config.sae
+    k = 4 * config.k if config.multi_topk else config.k
+    platform = setup.mesh.devices.flat[0].platform
+    choice = topk.plan(k, config.n_latents, 1, config.selection, platform=platform)
+
+    def select(params: Any, rows_bd: jax.Array) -> Any:
+        bias_l = params["b_enc_l"]
+        return topk.encode(rows_bd, params["w_enc_ld"], bias_l, choice, dtype)
+
+    return select
+
+
+if __name__ == "__main__":
+    start(measure)
