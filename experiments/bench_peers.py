@@ -6,11 +6,11 @@ makes that environment and installs the peers with pip, unless it is there (a fe
 minutes, and 2 GB with a CPU build of torch; see BUILD.md for that). Same rows, shapes,
 K, squared error and Adam for all; AuxK off; as many threads as cores. In each round
 every contender is started once and does three steps, of which the last two count;
-about TIME TO COME minutes on 2 free cores. `times_ours` is in relation to the exact
+`times_ours` is in relation to the exact
 choice. What cannot be installed or run stays in the table, with the reason. What each
 does beside is said in `peer_step.py`.
 
-Measured: TABLE TO COME
+Not measured yet at the default shape.
 """
 
 import dataclasses

@@ -2,14 +2,14 @@
 
     python experiments/bench_topk.py
 
-Encoder and choice together, of 2,048 normal rows and random latents, for every L and K;
-about TIME TO COME minutes on 2 free cores. `over_matmul` is in relation to the plain
+Encoder and choice together, of 1,024 normal rows and random latents, for every L and K;
+`over_matmul` is in relation to the plain
 encoder, which writes [B, L], in the faster of two layouts. "sort" is what there is
-without a plan: the same matmul, 1,024 rows at a time, and `lax.top_k` of all of L; its
+without a plan: the same matmul, for some rows at a time, and `lax.top_k` of all L; its
 choice is the one that recall is measured against. `again` counts the rows that the
 exact method had to choose for twice.
 
-Measured: TABLE TO COME
+Not measured yet at the default shape.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ from sae_jax.optim import normalise_rows
 
 LATENTS = (16_384, 65_536, 262_144)
 KS = (32, 64, 128)
-ROWS = 2048
+ROWS = 1024
 SORTED_ROWS = 1024  # at once
 
 

@@ -17,7 +17,7 @@ a minute. Each figure is of the results that one device gets in one step, in byt
 `bytes`: for each tile of rows that AuxK takes, and never where no latent is dead.
 B is a device's rows, S the latent shards, k_in = min(K, L / S).
 
-Measured: TABLE TO COME
+Not measured yet at the default shape.
 """
 
 import math

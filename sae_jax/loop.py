@@ -28,6 +28,7 @@ from sae_jax.config import TrainConfig
 from sae_jax.progress import Progress
 from sae_jax.resample import Resampling
 from sae_jax.run import CONFIG_FILE, METRICS_FILE
+from sae_jax.saes.topk import plan_choice
 from sae_jax.state import Setup, TrainState
 from sae_jax.step import Metrics, make_step, validate
 from sae_jax.store import Store, open_store
@@ -243,6 +244,10 @@ def _describe(config: TrainConfig, setup: Setup, start: int) -> str:
         f"(data x latent), from step {start:,} to {config.n_steps:,} of "
         f"{config.data.batch_rows:,} rows each"
     )
+    if config.sae.architecture == "topk":
+        k = configs.most_chosen(config.sae)
+        recall = plan_choice(config.sae, setup.mesh, k).recall
+        first += f", {recall:.2%} of the {k} largest expected"
     told = (
         *_MAY_CHANGE,
         "data.",

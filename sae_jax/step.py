@@ -17,9 +17,11 @@ from sae_jax.config import (
     TrainConfig,
     checked,
     k_aux,
+    most_chosen,
     subtracts_b_dec,
 )
 from sae_jax.mesh import DATA, LATENT, param_spec
+from sae_jax.saes.topk import plan_choice
 from sae_jax.state import Setup, TrainState
 from sae_jax.store import Store
 
@@ -42,6 +44,9 @@ def validate(config: TrainConfig, mesh: Mesh, store: Store) -> Setup:
         )
     _check_divides("sae.n_latents", config.sae.n_latents, mesh, LATENT)
     _check_divides("data.batch_rows", config.data.batch_rows, mesh, DATA)
+    if config.sae.architecture == "topk":
+        # Refuses a choice that would find too few of the K largest.
+        plan_choice(config.sae, mesh, most_chosen(config.sae))
     if store.rows("train") == 0:
         raise ValueError(
             f"{store.path} has no train rows, only {store.rows('heldout')} held-out "

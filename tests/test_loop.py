@@ -66,7 +66,8 @@ def test_a_run_tells_what_it_is_and_what_else_is_set(planted_store, tmp_path, ca
     loop.train(config, tmp_path)
     first, further = capsys.readouterr().err.splitlines()[:2]
     assert first.startswith("train: topk, 128 latents, k 3, resid_post.3 of ")
-    assert first.endswith("from step 0 to 1 of 64 rows each")
+    assert "from step 0 to 1 of 64 rows each" in first
+    assert first.endswith("100.00% of the 3 largest expected")
     assert further == (
         "train: sae.aux_coefficient = 0.0, sae.prefixes = (32, 128), "
         "optimizer.learning_rate = 0.003, dead_after_rows = 1000000, k_start = 4, "

@@ -123,6 +123,11 @@ def test_training_lowers_the_error(unsharded):
             "window_chunks",
         ),
         ((1, 1), dict(data=DataConfig(batch_rows=512, lanes=512)), "lanes"),
+        (
+            (1, 8),
+            dict(sae=SaeConfig(n_latents=128, k=8, capacity_factor=1.0)),
+            "expected recall .* 0.6.* below sae.recall_target = 0.99",
+        ),
     ],
 )
 def test_bad_runs_are_refused_before_they_start(shape, fields, message, planted_store):

@@ -178,6 +178,13 @@ def test_rows_are_chosen_for_again_where_values_are_equal():
     assert _check_exact(CHOICES["sorted"], _pre("all equal")) == 0
 
 
+def test_a_row_is_chosen_for_again_where_what_a_bucket_lost_is_equal_to_the_last():
+    """Latent 16 is the third of its bucket, and before its equal of another one."""
+    pre_bl = np.tile(-np.arange(L, dtype=np.float32), (B, 1))
+    pre_bl[4, [0, 8, 1, 2, 16, 31]] = 9, 8, 7, 6, 5, 5
+    assert _check_exact(CHOICES["proven"], pre_bl) == 1
+
+
 @pytest.mark.parametrize("n_again", [0, 1, 2, 3, 77, 130])
 def test_few_and_many_rows_are_chosen_for_again(n_again):
     """Of 130 rows, up to 130 / 64 = 2 by themselves; beyond, all of them."""
@@ -239,7 +246,7 @@ def test_measured_recall_is_the_expected_one(k, n_latents, target):
     choice = topk.plan(k, n_latents, method="bucketed", recall_target=target)
     assert choice.n_buckets and target <= choice.recall < 1
     rng = np.random.default_rng(0)
-    pre_bl = rng.random((2048, n_latents), np.float32)
+    pre_bl = rng.random((2**22 // n_latents, n_latents), np.float32)
     _, columns_bk, _ = _encode(choice, pre_bl)
     assert _recall(columns_bk, pre_bl) == pytest.approx(choice.recall, abs=2e-3)
 

@@ -27,6 +27,7 @@ from sae_jax.config.sae import (
     SaeConfig,
     k_aux,
     max_active,
+    most_chosen,
     sparsity,
     subtracts_b_dec,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "k_aux",
     "learning_rate",
     "max_active",
+    "most_chosen",
     "nearest_name",
     "settings_of",
     "sparsity",

@@ -151,6 +151,11 @@ def k_aux(config: SaeConfig, d_model: int) -> int:
     return config.k_aux or min(rule, config.n_latents)
 
 
+def most_chosen(config: SaeConfig) -> int:
+    """How many latents of a row training chooses."""
+    return 4 * config.k if config.multi_topk else config.k
+
+
 def max_active(config: SaeConfig) -> int:
     """The width of a code: K of topk, elsewhere the most latents that are kept."""
     if config.architecture == "topk":

@@ -24,10 +24,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import dead_latents, losses, sparse, topk
-from sae_jax.config import SaeConfig
+from sae_jax.config import SaeConfig, most_chosen
 from sae_jax.firing import Counters
 from sae_jax.mesh import DATA, LATENT
 from sae_jax.saes import auxk, matryoshka
@@ -52,15 +53,7 @@ class TopKSae(Sae):
 
     def choice(self, k: int) -> topk.Choice:
         """How the shards choose their candidates for K latents."""
-        return topk.plan(
-            k,
-            self.n_latents,
-            self.mesh.shape[LATENT],
-            self.config.selection,
-            self.config.recall_target,
-            self.config.capacity_factor,
-            self.mesh.devices.flat[0].platform,
-        )
+        return plan_choice(self.config, self.mesh, k)
 
     def with_k(self, k: int) -> "TopKSae":
         """The same SAE, choosing K latents; it shares this one's weights."""
@@ -142,7 +135,7 @@ class TopKSae(Sae):
         self, rows_bd: jax.Array, own: dead_latents.Weights
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array], jax.Array]:
         """A shard's own values and columns [B, K], its parts of each x̂, n_resorted."""
-        k_most = 4 * self.k if self.config.multi_topk else self.k
+        k_most = most_chosen(self.config)
         values_bk, columns_bk, n_resorted = self._choose(rows_bd, own, k_most)
         ranks_bk = topk.rank_global(values_bk, k_most, LATENT)
         values_bk = jnp.where(ranks_bk < k_most, nnx.relu(values_bk), 0)
@@ -163,3 +156,16 @@ class TopKSae(Sae):
         else:
             parts["recon_bd"] = decode(values_bk)
         return values_bk, columns_bk, parts, n_resorted
+
+
+def plan_choice(config: SaeConfig, mesh: Mesh, k: int) -> topk.Choice:
+    """How each latent shard of the mesh chooses; ValueError where it finds too few."""
+    return topk.plan(
+        k,
+        config.n_latents,
+        mesh.shape[LATENT],
+        config.selection,
+        config.recall_target,
+        config.capacity_factor,
+        mesh.devices.flat[0].platform,
+    )
