@@ -1,14 +1,13 @@
 """A training step against those of other libraries, each in a process of its own.
 
-    python experiments/bench_peers.py --venv=peers/
+    python experiments/bench_peers.py --venv=build/peers
 
 makes that environment and installs the peers with pip, unless it is there (a few
 minutes, and 2 GB with a CPU build of torch; see BUILD.md for that). Same rows, shapes,
 K, squared error and Adam for all; AuxK off; as many threads as cores. In each round
-every contender is started once and does three steps, of which the last two count;
-`times_ours` is in relation to the exact
-choice. What cannot be installed or run stays in the table, with the reason. What each
-does beside is said in `peer_step.py`.
+every contender is started once and does three steps, of which the last two count.
+`times_ours` is in relation to the exact choice. What cannot be installed or run stays
+in the table, with the reason. What each does beside is said in `peer_step.py`.
 
 Not measured yet at the default shape.
 """
@@ -31,7 +30,7 @@ from timing import Figures, Shape, n_cores, start
 TORCH = "torch==2.13.0"
 PEERS = ("eai-sparsify==1.3.3", "dictionary-learning==0.1.0", "sae-lens==6.54.12")
 OURS = "sae_jax exact"
-VENV = flags.DEFINE_string("venv", "peers", "an environment that has the peers")
+VENV = flags.DEFINE_string("venv", "build/peers", "an environment that has the peers")
 
 
 def measure(shape: Shape, repeats: int) -> Iterator[Figures]:

@@ -2,12 +2,11 @@
 
     python experiments/bench_topk.py
 
-Encoder and choice together, of 1,024 normal rows and random latents, for every L and K;
-`over_matmul` is in relation to the plain
-encoder, which writes [B, L], in the faster of two layouts. "sort" is what there is
-without a plan: the same matmul, for some rows at a time, and `lax.top_k` of all L; its
-choice is the one that recall is measured against. `again` counts the rows that the
-exact method had to choose for twice.
+Encoder and choice together, of 1,024 normal rows and random latents, for every L and K.
+`over_matmul` is in relation to the plain encoder, which writes [B, L], in the faster of
+two layouts. "sort" is what there is without a plan: the same matmul, for some rows at a
+time, and `lax.top_k` of all L; its choice is the one that recall is measured against.
+`again` counts the rows that the exact method had to choose for twice.
 
 Not measured yet at the default shape.
 """

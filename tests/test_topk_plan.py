@@ -18,6 +18,7 @@ bucketed_plans = pytest.mark.parametrize(
     [
         *itertools.product([2**14, 2**17, 2**20], [32, 64, 256], [0.9, 0.95, 0.99]),
         (2**17, 64, 0.999),
+        (2**17, 128, 0.5),  # never fewer than 2 K candidates
         (2**17 - 8, 64, 0.99),  # buckets do not divide the latents
         (50_000, 100, 0.95),
         (2048, 32, 0.9),
@@ -203,6 +204,24 @@ def test_uneven_buckets_find_the_mean_over_all_placements(
     ]
     got = topk.bucketed_recall(n_latents, k, n_buckets, kept)
     assert got == pytest.approx(np.mean(found), rel=1e-12)
+
+
+@pytest.mark.parametrize("n_latents", [11, 12])
+@pytest.mark.parametrize(("k", "n_buckets", "kept"), [(4, 3, 1), (5, 3, 2), (6, 4, 2)])
+def test_the_part_of_crowded_rows_counts_buckets_over_all_placements(
+    n_latents, k, n_buckets, kept
+):
+    """Exactly where buckets are of equal size, at most elsewhere."""
+    crowded = [
+        sum(chosen.count(b) > kept for b in range(n_buckets))
+        for places in itertools.combinations(range(n_latents), k)
+        for chosen in [[place % n_buckets for place in places]]
+    ]
+    bound, want = crowded_rows(n_latents, k, n_buckets, kept), np.mean(crowded)
+    if n_latents % n_buckets:
+        assert want < bound < 1.5 * want
+    else:
+        assert bound == pytest.approx(want, rel=1e-12)
 
 
 def _winners_bn(n_latents: int, k: int, n_buckets: int, n_rows: int) -> np.ndarray:
