@@ -53,26 +53,26 @@ def insert(buckets: Buckets, pre_bt: jax.Array, first: jax.Array) -> Buckets:
     return buckets
 
 
-def best(buckets: Buckets, k: int) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The K largest candidates and their latents, values falling: [B, K].
-
-    And for which rows they may not be the K largest of all, ties by latent, bool [B];
-    None where the buckets do not remember what they let go of. They may not be where a
-    value that was let go of reaches the K-th, or two of the first K + 1 are equal:
-    candidates are not in the order of latents, which has to decide between equals.
-    """
+def best(buckets: Buckets, k: int) -> tuple[jax.Array, jax.Array]:
+    """The K largest candidates and their latents, values falling: [B, K]."""
     candidates = jnp.concatenate(buckets.values, axis=1)
     latents = jnp.concatenate(buckets.indices, axis=1)
-    top = lax.top_k(candidates, min(k + 1, candidates.shape[1]))
-    # Of more than one slice of `top_k`, XLA would make a sort of whole rows on a CPU.
-    values, places = lax.optimization_barrier(tuple(top))
-    latents_bk = jnp.take_along_axis(latents, places[:, :k], axis=1)
-    if buckets.lost_bn is None:
-        return values[:, :k], latents_bk, None
+    values_bk, places_bk = lax.top_k(candidates, k)
+    return values_bk, jnp.take_along_axis(latents, places_bk, axis=1)
+
+
+def is_unproven(buckets: Buckets, k: int) -> jax.Array:
+    """Rows whose K best may not be the K largest, ties by latent: bool [B].
+
+    A value that was let go of reaches the K-th, or two of the first K + 1 are equal:
+    candidates are not in the order of latents, which has to decide between equals.
+    """
+    assert buckets.lost_bn is not None
+    candidates = jnp.concatenate(buckets.values, axis=1)
+    values_bk, _ = lax.top_k(candidates, min(k + 1, candidates.shape[1]))
     # Not `>=`: a NaN that was let go of proves nothing.
-    is_lost_b = ~(buckets.lost_bn.max(axis=1) < values[:, k - 1])
-    is_tied_b = (values[:, 1:] == values[:, :-1]).any(axis=1)
-    return values[:, :k], latents_bk, is_lost_b | is_tied_b
+    is_lost_b = ~(buckets.lost_bn.max(axis=1) < values_bk[:, k - 1])
+    return is_lost_b | (values_bk[:, 1:] == values_bk[:, :-1]).any(axis=1)
 
 
 def _insert(buckets: Buckets, value_bn: jax.Array, latent_bn: jax.Array) -> Buckets:

@@ -139,8 +139,8 @@ def _fill(
     is_exact = choice.method == "exact"
     buckets = bucketed.start(x_bd, choice.n_buckets, choice.kept, is_exact)
     buckets = latents.fold(bucketed.insert, x_bd, 0, buckets)
-    values_bk, columns_bk, is_unproven_b = bucketed.best(buckets, choice.k)
-    return (values_bk, columns_bk), is_unproven_b
+    is_unproven_b = bucketed.is_unproven(buckets, choice.k) if is_exact else None
+    return bucketed.best(buckets, choice.k), is_unproven_b
 
 
 def _sort(latents: _Latents, x_bd: jax.Array, k: int) -> Code:
