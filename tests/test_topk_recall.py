@@ -131,7 +131,7 @@ def test_recall_is_exactly_one_when_nothing_can_be_lost():
     [
         ((64, 65, 4, 1), "k is 65: .* 64 latents"),
         ((64, 0, 4, 1), "k is 0"),
-        ((64, 8, 5, 1), "n_buckets is 5: .* 64 latents"),
+        ((64, 8, 65, 1), "n_buckets is 65: .* 64 latents"),
         ((64, 8, 0, 1), "n_buckets is 0"),
         ((64, 8, 4, 0), "kept is 0"),
     ],
