@@ -91,9 +91,9 @@ def abstract(setup: Setup) -> TrainState:
     d_model = setup.config.sae.d_model
     sample_bd = jax.ShapeDtypeStruct((2, d_model), jnp.float32)
     with jax.set_mesh(setup.mesh):
-        shapes = jax.eval_shape(
-            functools.partial(_create, setup), _key(setup), sample_bd
-        )
+        # The key is made inside, where nothing runs: the mesh may be of devices that
+        # are only described, for compiling ahead of time.
+        shapes = jax.eval_shape(lambda x: _create(setup, _key(setup), x), sample_bd)
     module = _abstract_sae(setup)
     named = nnx.get_named_sharding(nnx.state(module, nnx.Param), setup.mesh)
     by_name: dict[str, NamedSharding] = nnx.to_pure_dict(named)
