@@ -25,7 +25,10 @@ from timing import Figures, Shape, make_rows, make_setup, medians, plain_matmuls
 
 from sae_jax import state as states
 from sae_jax import topk
+from sae_jax.config import most_chosen
 from sae_jax.firing import Counters
+from sae_jax.gradients import differentiate
+from sae_jax.saes.topk import plan_choice
 from sae_jax.state import Setup, TrainState
 from sae_jax.step import make_step
 
@@ -109,17 +112,15 @@ def _row(name: str, seconds: float, matmul: float, *parts: float) -> Figures:
 
 
 def _gradient(setup: Setup) -> Callable[..., Any]:
-    def loss(params: Any, counters: Counters, rows_bd: jax.Array) -> Any:
-        return setup.sae(params).loss((rows_bd, rows_bd), counters)
+    def gradient(params: Any, counters: Counters, rows_bd: jax.Array) -> Any:
+        return differentiate(setup, params, (rows_bd, rows_bd), counters)
 
-    return jax.grad(loss, has_aux=True)
+    return gradient
 
 
 def _select(setup: Setup, dtype: str) -> Callable[..., Any]:
     config = setup.config.sae
-    k = 4 * config.k if config.multi_topk else config.k
-    platform = setup.mesh.devices.flat[0].platform
-    choice = topk.plan(k, config.n_latents, 1, config.selection, platform=platform)
+    choice = plan_choice(config, setup.mesh, most_chosen(config))
 
     def select(params: Any, rows_bd: jax.Array) -> Any:
         bias_l = params["b_enc_l"]

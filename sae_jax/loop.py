@@ -38,7 +38,14 @@ _SAMPLE_ROWS = 8192  # enough for the median and the variance of a site
 
 # A resumed run may change these; any other difference would make it another run. More
 # rows make it longer, unless the learning rate falls towards the end.
-_MAY_CHANGE = ("mesh.", "rows", "log_every_steps", "checkpoint", "data.store")
+_MAY_CHANGE = (
+    "mesh.",
+    "rows",
+    "log_every_steps",
+    "checkpoint",
+    "data.store",
+    "data.microbatch_rows",
+)
 
 
 class NonFiniteLoss(FloatingPointError):

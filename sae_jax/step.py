@@ -20,6 +20,7 @@ from sae_jax.config import (
     most_chosen,
     subtracts_b_dec,
 )
+from sae_jax.gradients import differentiate
 from sae_jax.mesh import DATA, LATENT, param_spec
 from sae_jax.saes.topk import plan_choice
 from sae_jax.state import Setup, TrainState
@@ -44,6 +45,8 @@ def validate(config: TrainConfig, mesh: Mesh, store: Store) -> Setup:
         )
     _check_divides("sae.n_latents", config.sae.n_latents, mesh, LATENT)
     _check_divides("data.batch_rows", config.data.batch_rows, mesh, DATA)
+    if config.data.microbatch_rows is not None:
+        _check_divides("data.microbatch_rows", config.data.microbatch_rows, mesh, DATA)
     if config.sae.architecture == "topk":
         # Refuses a choice that would find too few of the K largest.
         plan_choice(config.sae, mesh, most_chosen(config.sae))
@@ -91,13 +94,11 @@ def make_step(
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(placement, None))
     def step(state: TrainState, acts_bd: jax.Array) -> tuple[TrainState, Metrics]:
-        def loss(params: optim.Params) -> tuple[jax.Array, dict]:
-            return setup.sae(params).loss((acts_bd, acts_bd), state.counters)
-
-        grads, aux = jax.grad(loss, has_aux=True)(state.params)
+        batch = acts_bd, acts_bd
+        grads, outcome = differentiate(setup, state.params, batch, state.counters)
         old = optim.Optimized(state.params, state.ema, state.optimizer)
-        new, norms = update(old, grads, aux["assigned"])
-        steps_since_l = firing.update(state.counters.steps_since_l, aux["fired_l"])
+        new, norms = update(old, grads, outcome.assigned)
+        steps_since_l = firing.update(state.counters.steps_since_l, outcome.fired_l)
         next_state = TrainState(
             params=new.params,
             ema=new.ema,
@@ -106,7 +107,7 @@ def make_step(
                 steps_since_l=steps_since_l, steps=state.counters.steps + 1
             ),
         )
-        return next_state, aux["metrics"] | norms
+        return next_state, outcome.metrics | norms
 
     return step
 

@@ -1,13 +1,17 @@
 """Losses, gradients and codes of small SAEs, and checks of them against the oracle."""
 
+import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
 import oracle_rivals as rivals
 from small_sae import make_counters, oracle_settings, place
 
+from sae_jax import gradients
+from sae_jax.config import CHOOSE_K
 from sae_jax.mesh import batch_sharding
 from sae_jax.state import Setup
 
@@ -19,7 +23,7 @@ def check_loss(
     setup: Setup, params, rows_bd, dead_l, dtype=None, rtol=1e-10, **counters
 ) -> None:
     """The loss, every metric, fired_l and every gradient of the loss."""
-    loss, aux, gradients = differentiate(
+    loss, aux, found = differentiate(
         setup, params, rows_bd, dead_l, dtype, **counters
     )
     architecture, settings = _oracles(setup, **counters)
@@ -38,12 +42,12 @@ def check_loss(
         )
     np.testing.assert_array_equal(aux["fired_l"], want.fired_l)
     want_gradients = rivals.gradients(architecture, params, rows_bd, dead_l, settings)
-    check_gradients(gradients, want_gradients, rtol)
+    check_gradients(found, want_gradients, rtol)
 
 
-def check_gradients(gradients, want: oracle.Params, rtol=1e-10) -> None:
-    assert gradients.keys() == want.keys()
-    for name, value in gradients.items():
+def check_gradients(found, want: oracle.Params, rtol=1e-10) -> None:
+    assert found.keys() == want.keys()
+    for name, value in found.items():
         size = np.abs(want[name]).max()
         np.testing.assert_allclose(
             value, want[name], rtol=rtol, atol=rtol * size, err_msg=name
@@ -55,10 +59,10 @@ def differentiate(
 ):
     """The loss, what comes beside it, and the gradients of the loss or of a metric."""
     rows_bd = jax.device_put(np.asarray(rows_bd, dtype), batch_sharding(setup.mesh))
-    gradients, (loss, aux) = _compiled(setup, of)(
+    found, outcome = _compiled(setup, of)(
         place(setup, params, dtype), rows_bd, make_counters(dead_l, **counters)
     )
-    return loss, aux, gradients
+    return outcome.metrics["loss"], outcome._asdict(), found
 
 
 def want_gradients(setup: Setup, params, rows_bd, dead_l, of: str) -> oracle.Params:
@@ -89,13 +93,36 @@ def check_code(code, ranked_bl: oracle.Array, k: int, rtol: float = 0) -> None:
 def _compiled(setup: Setup, of: str):
     """Compiled once for all tests with the same SAE on the same mesh."""
 
-    @functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
-    @functools.partial(jax.grad, has_aux=True)
-    def gradients(params, rows_bd, counters):
-        loss, aux = setup.sae(params).loss((rows_bd, rows_bd), counters)
-        return (loss if of == "loss" else aux["metrics"][of]), (loss, aux)
+    has_auxk = setup.config.sae.architecture in CHOOSE_K
+    if has_auxk:
+        without_auxk, with_auxk = _weigh_auxk(setup, 0.0), _weigh_auxk(setup, 1.0)
 
-    return gradients
+    def of_loss(params, rows_bd, counters, setup=setup):
+        batch = rows_bd, rows_bd
+        return gradients.differentiate(setup, params, batch, counters)
+
+    def of_auxk(params, rows_bd, counters):
+        """By difference: where AuxK adds nothing it is exactly 0."""
+        without, _ = of_loss(params, rows_bd, counters, without_auxk)
+        whole, outcome = of_loss(params, rows_bd, counters, with_auxk)
+        return jax.tree.map(jnp.subtract, whole, without), outcome
+
+    @functools.partial(jax.grad, has_aux=True)
+    def of_term(params, rows_bd, counters):
+        loss, aux = setup.sae(params).loss((rows_bd, rows_bd), counters)
+        metrics = aux["metrics"] | {"loss": loss}
+        return metrics[of], gradients.Outcome(metrics, aux["fired_l"], aux["assigned"])
+
+    run = of_loss if of == "loss" else of_term
+    if of == "aux_loss" and has_auxk:  # Gated has a term of this name
+        run = of_auxk
+    return jax.jit(run, compiler_options=QUICK_TO_COMPILE)
+
+
+def _weigh_auxk(setup: Setup, coefficient: float) -> Setup:
+    sae = dataclasses.replace(setup.config.sae, aux_coefficient=coefficient)
+    config = dataclasses.replace(setup.config, sae=sae)
+    return dataclasses.replace(setup, config=config)
 
 
 def _oracles(

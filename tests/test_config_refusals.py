@@ -50,6 +50,24 @@ def test_the_configs_that_these_tests_spoil_are_good(architecture):
         (lambda: SaeConfig(compute_dtype="bf16"), "compute_dtype = 'bf16': did you"),
         (lambda: DataConfig(batch_rows=10, lanes=4), "10 is not a multiple .* = 4"),
         (lambda: DataConfig(lanes=0), "data.lanes = 0: must be at least 1"),
+        (
+            lambda: DataConfig(batch_rows=8, lanes=1, microbatch_rows=3),
+            "8 is not a multiple of data.microbatch_rows = 3",
+        ),
+        (
+            lambda: DataConfig(microbatch_rows=0),
+            "data.microbatch_rows = 0: must be at least 1",
+        ),
+        (
+            lambda: _micro(architecture="batch_topk"),
+            "microbatch_rows = 8, but .* 'batch_topk' chooses among all rows",
+        ),
+        (
+            lambda: _micro(
+                architecture="jumprelu", sparsity_coefficient=1.0, target_l0=4.0
+            ),
+            "microbatch_rows = 8, but sae.target_l0 is compared with the mean",
+        ),
         (lambda: MeshConfig(data=0), "mesh.data = 0: must be at least 1"),
         (lambda: MeshConfig(latent=0), "mesh.latent = 0: must be at least 1"),
         (lambda: OptimizerConfig(learning_rate=-1.0), "must be above 0"),
@@ -224,6 +242,11 @@ def test_what_lies_just_inside_the_limits_is_taken():
     _run("prolu", resample_every_rows=640, sparsity_warmup_rows=64)
     _run("relu", resample_every_rows=64, dead_after_rows=1)
     _schedules(warmup_rows=3200, decay_rows=3200, clip_norm=1e-9)
+
+
+def _micro(**sae) -> TrainConfig:
+    data = DataConfig(batch_rows=64, lanes=1, microbatch_rows=8)
+    return TrainConfig(sae=SaeConfig(**sae), data=data)
 
 
 def _refuses(make, message: str) -> None:

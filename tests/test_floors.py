@@ -34,7 +34,8 @@ FLOORS = (
     ),
     ("saes", "loader", "subjects", "packing"),
     ("state", "formats", "harvest", "diagnostics"),
-    ("step", "checkpoint", "resample"),
+    ("gradients", "checkpoint", "resample"),
+    ("step",),
     ("run", "loop", "evals", "plan"),
     ("viewer", "report", "quickstart"),
     ("", "cli"),  # "" is sae_jax/__init__.py
@@ -114,7 +115,7 @@ def test_modules_import_from_lower_floors_only():
     [
         ({"sae_jax.mesh": {"sae_jax.config", "jax"}}, None),
         ({"sae_jax.mesh": {"sae_jax.saes.topk"}}, "(floor 1) imports sae_jax.saes"),
-        ({"sae_jax.loop": {"sae_jax"}}, "sae_jax.loop (floor 5) imports sae_jax "),
+        ({"sae_jax.loop": {"sae_jax"}}, "sae_jax.loop (floor 6) imports sae_jax "),
         ({"sae_jax.plan": {"experiments.laptop"}}, "imports experiments.laptop"),
         (
             {"sae_jax.mesh": {"sae_jax.optim"}, "sae_jax.optim": {"sae_jax.mesh"}},

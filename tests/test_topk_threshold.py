@@ -91,7 +91,8 @@ def test_nothing_but_numbers_moves(mesh_shape):
     moved = collectives(lowered.compile())
     assert bool(moved) == (mesh_shape != (1, 1))
     assert {kind for kind, _ in moved} <= {"all-reduce"}
-    assert sum(size for _, size in moved) <= 2  # per bit
+    # Two kinds of counts of three patterns, for every two bits.
+    assert sum(size for _, size in moved) <= 6
 
 
 @pytest.mark.parametrize("n", [2**30 + 1, 2**40])

@@ -58,6 +58,11 @@ class DataConfig:
     store: str = setting("", "folder of the activation store; '' is refused")
     site: str | None = setting(None, "which of its sites; None: the only one")
     batch_rows: int = setting(2048, "rows of one step")
+    microbatch_rows: int | None = setting(
+        None,
+        "rows whose gradients are computed at a time, for batches that do not fit; "
+        "None: all of a batch",
+    )
     lanes: int = setting(8, "streams of rows that a batch is woven from")
     window_chunks: int = setting(8, "chunks of the store that a stream mixes at a time")
 
@@ -70,6 +75,14 @@ class DataConfig:
                 f"data.batch_rows = {self.batch_rows} is not a multiple of "
                 f"data.lanes = {self.lanes}: every lane gives the same number of rows"
             )
+        if self.microbatch_rows is not None:
+            check_at_least("data.microbatch_rows", self.microbatch_rows, 1)
+            if self.batch_rows % self.microbatch_rows:
+                raise ValueError(
+                    f"data.batch_rows = {self.batch_rows} is not a multiple of "
+                    f"data.microbatch_rows = {self.microbatch_rows}: a batch is a "
+                    "whole number of micro-batches"
+                )
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -141,6 +154,7 @@ class TrainConfig:
             _check_aux_can_act(self)
         _check_annealing(self)
         _check_resampling(self)
+        _check_micro_batches(self)
 
     @property
     def n_steps(self) -> int:
@@ -240,4 +254,19 @@ def _check_resampling(config: TrainConfig) -> None:
             f"{config.dead_after_rows}, so that latents can be dead by then, and "
             f"data.batch_rows = {config.data.batch_rows}, and at most rows = "
             f"{config.rows}"
+        )
+
+
+def _check_micro_batches(config: TrainConfig) -> None:
+    if config.data.microbatch_rows in (None, config.data.batch_rows):
+        return
+    reason = None
+    if config.sae.architecture == "batch_topk":
+        reason = "sae.architecture = 'batch_topk' chooses among all rows of a batch"
+    elif config.sae.target_l0 is not None:
+        reason = "sae.target_l0 is compared with the mean of all rows of a batch"
+    if reason:
+        raise ValueError(
+            f"data.microbatch_rows = {config.data.microbatch_rows}, but {reason}: "
+            "leave it out"
         )

@@ -62,39 +62,30 @@ class BatchTopKSae(DenseSae):
         self, batch: Batch, counters: Counters
     ) -> tuple[jax.Array, dict[str, Any]]:
         normed_bd, targets_bd = self.normalize_batch(batch)
-        recons, fired_l, l0, least = self._autoencode(normed_bd, counters.is_dead_l)
+        recons, fired_l, l0, least = self._autoencode(normed_bd)
         loss, metrics = matryoshka.main_loss(
             self, recons, targets_bd, counters.loss_scale
         )
-        aux_loss = auxk.loss(
-            recons["recon_bd"], recons["aux_recon_bd"], targets_bd, counters
-        )
-        loss += self.config.aux_coefficient * aux_loss
         threshold = self._next_threshold(least, counters)
-        metrics |= {
-            "loss": loss,
-            "aux_loss": aux_loss,
-            "l0": l0,
-            "n_dead": jnp.sum(counters.is_dead_l),
-            "threshold": threshold,
+        return loss, {
+            "metrics": metrics | {"l0": l0, "threshold": threshold},
+            "fired_l": fired_l,
+            "assigned": {"threshold": threshold},
+            "residual_bd": targets_bd - recons["recon_bd"],
         }
-        assigned = {"threshold": threshold}
-        return loss, {"metrics": metrics, "fired_l": fired_l, "assigned": assigned}
 
     def _autoencode(
-        self, normed_bd: jax.Array, is_dead_l: jax.Array
+        self, normed_bd: jax.Array
     ) -> tuple[dict[str, jax.Array], jax.Array, jax.Array, jax.Array]:
         """Reconstructions by name, which latents fired, mean L0, and the least kept."""
         n_kept = self.config.k * normed_bd.shape[0]
 
-        def on_shard(normed_bd, is_dead_l, weights):  # type: ignore[no-untyped-def]
+        def on_shard(normed_bd, weights):  # type: ignore[no-untyped-def]
             rows_bd, own = auxk.own_weights(self, normed_bd, weights)
-            aux_recon_bd, own = auxk.reconstruct(self, rows_bd, own, is_dead_l)
             z_bl = nnx.relu(matmul(rows_bd, own.w_enc_ld.T, self.dtype) + own.bias_l)
             least = topk.nth_largest(z_bl, n_kept, (DATA, LATENT))
             z_bl = jnp.where(z_bl >= least, z_bl, 0)
             parts = self._reconstruct(z_bl, own.w_dec_ld)
-            parts["aux_recon_bd"] = aux_recon_bd
             recons = lax.psum(parts, LATENT)
             recons["recon_bd"] += weights["b_dec_d"]
             fires_bl = z_bl > self.config.firing_threshold
@@ -102,13 +93,11 @@ class BatchTopKSae(DenseSae):
             l0 = lax.psum(jnp.sum(fires_bl) / normed_bd.shape[0], LATENT)
             return recons, fired_l, lax.pmean(l0, DATA), least
 
-        placed = {"recon_bd": ROWS, "aux_recon_bd": ROWS}
+        placed = {"recon_bd": ROWS}
         if self.config.prefixes:
             placed["groups_gbd"] = P(None, DATA, None)
-        mapped = self.on_shards(
-            on_shard, (ROWS, LATENTS), (placed, LATENTS, P(), P())
-        )
-        return mapped(normed_bd, is_dead_l)
+        mapped = self.on_shards(on_shard, (ROWS,), (placed, LATENTS, P(), P()))
+        return mapped(normed_bd)
 
     def _reconstruct(
         self, z_bl: jax.Array, w_dec_ld: jax.Array

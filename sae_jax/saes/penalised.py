@@ -70,11 +70,9 @@ def penalised_loss(
     )
     loss = nmse + sparsity_loss + sum(further.values())
     metrics = {
-        "loss": loss,
         "nmse": nmse,
         "sparsity_loss": sparsity_loss,
         **further,
         "l0": jnp.mean(sums["l0"]),
-        "n_dead": jnp.sum(counters.is_dead_l),
     }
     return loss, {"metrics": metrics, "fired_l": fired_l, "assigned": {}}

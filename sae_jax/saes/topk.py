@@ -72,7 +72,7 @@ class TopKSae(Sae):
         self, batch: Batch, counters: Counters
     ) -> tuple[jax.Array, dict[str, Any]]:
         normed_bd, targets_bd = self.normalize_batch(batch)
-        recons, fired_l, counts = self._autoencode(normed_bd, counters.is_dead_l)
+        recons, fired_l, counts = self._autoencode(normed_bd)
         loss, metrics = matryoshka.main_loss(
             self, recons, targets_bd, counters.loss_scale
         )
@@ -80,32 +80,23 @@ class TopKSae(Sae):
             at_4k = losses.mean_square_error(recons["recon_4k_bd"], targets_bd)
             metrics["multi_topk_nmse"] = counters.loss_scale * at_4k
             loss += metrics["multi_topk_nmse"] / 8
-        aux_loss = auxk.loss(
-            recons["recon_bd"], recons["aux_recon_bd"], targets_bd, counters
-        )
-        loss += self.config.aux_coefficient * aux_loss
-        metrics |= {
-            "loss": loss,
-            "aux_loss": aux_loss,
-            "n_dead": jnp.sum(counters.is_dead_l),
-        } | counts
-        return loss, {"metrics": metrics, "fired_l": fired_l, "assigned": {}}
+        aux = {"metrics": metrics | counts, "fired_l": fired_l, "assigned": {}}
+        return loss, aux | {"residual_bd": targets_bd - recons["recon_bd"]}
 
     def _autoencode(
-        self, normed_bd: jax.Array, is_dead_l: jax.Array
+        self, normed_bd: jax.Array
     ) -> tuple[dict[str, jax.Array], jax.Array, dict[str, jax.Array]]:
         """Reconstructions by name, which latents fired, and scalars of the choice."""
 
-        def on_shard(normed_bd, is_dead_l, weights):  # type: ignore[no-untyped-def]
+        def on_shard(normed_bd, weights):  # type: ignore[no-untyped-def]
             rows_bd, own = auxk.own_weights(self, normed_bd, weights)
-            aux_recon_bd, own = auxk.reconstruct(self, rows_bd, own, is_dead_l)
             values_bk, columns_bk, parts, n_resorted = self._reconstruct(rows_bd, own)
-            recons = lax.psum(parts | {"aux_recon_bd": aux_recon_bd}, LATENT)
+            recons = lax.psum(parts, LATENT)
             recons["recon_bd"] += weights["b_dec_d"]
             if self.config.multi_topk:
                 recons["recon_4k_bd"] += weights["b_dec_d"]
             fires_bk = values_bk > self.config.firing_threshold
-            fired_l = jnp.zeros(is_dead_l.shape, jnp.int32)
+            fired_l = jnp.zeros(own.bias_l.shape, jnp.int32)
             fired_l = fired_l.at[columns_bk].max(fires_bk.astype(jnp.int32))
             l0 = jnp.sum(fires_bk) / normed_bd.shape[0]
             counts = {
@@ -114,14 +105,14 @@ class TopKSae(Sae):
             }
             return recons, lax.pmax(fired_l, DATA) > 0, counts
 
-        names = ["recon_bd", "aux_recon_bd"]
-        names += ["recon_4k_bd"] if self.config.multi_topk else []
-        placed = {name: ROWS for name in names}
+        placed = {"recon_bd": ROWS}
+        if self.config.multi_topk:
+            placed["recon_4k_bd"] = ROWS
         if self.config.prefixes:
             placed["groups_gbd"] = P(None, DATA, None)
         counted = {"l0": P(), "n_resorted": P()}
-        mapped = self.on_shards(on_shard, (ROWS, LATENTS), (placed, LATENTS, counted))
-        return mapped(normed_bd, is_dead_l)
+        mapped = self.on_shards(on_shard, (ROWS,), (placed, LATENTS, counted))
+        return mapped(normed_bd)
 
     def _choose(
         self, rows_bd: jax.Array, own: dead_latents.Weights, k: int
