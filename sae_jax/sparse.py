@@ -14,6 +14,10 @@ the last that any row uses cost nothing, which is what makes a latent shard's sh
 code cheap: it holds few of the K winners of each row, and its candidates descend.
 
 Factors are rounded to `dtype` and sums kept in float32 (float64 where the factors are).
+
+With a platform's own `kernels` (`sae_jax.kernels`) slots are summed in a fixed order:
+the same bits on every run, on a GPU too, where `.at[].add` adds in any order. Kernels
+read w as it is, not rounded to `dtype`. What one of them refuses is plain JAX's.
 """
 
 import functools
@@ -23,6 +27,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
+
+from sae_jax.kernels import Kernels
 
 _COLUMNS = 4  # of a code, taken in one pass over rows of D
 _CHUNK_SIZE = 2**21  # elements of the gathered rows that are added to weights at once
@@ -41,18 +47,22 @@ def to_dense(values_bk: jax.Array, indices_bk: jax.Array, n_latents: int) -> jax
     return dense.reshape(*batch, n_latents)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def decode(
-    values_bk: jax.Array, indices_bk: jax.Array, w_ld: jax.Array, dtype: DTypeLike
+    values_bk: jax.Array,
+    indices_bk: jax.Array,
+    w_ld: jax.Array,
+    dtype: DTypeLike,
+    kernels: Kernels | None = None,
 ) -> jax.Array:
     """Rows [B, D]: the weighted sum of the chosen rows of w.
 
     Inside `jax.shard_map` all must vary over the same mesh axes.
     """
-    return _decode(values_bk, indices_bk, w_ld.astype(dtype))
+    return _decode(values_bk, indices_bk, w_ld, dtype, kernels)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def multiply_at(
     pre_bk: jax.Array,
     indices_bk: jax.Array,
@@ -60,6 +70,7 @@ def multiply_at(
     w_ld: jax.Array,
     bias_l: jax.Array,
     dtype: DTypeLike,
+    kernels: Kernels | None = None,
 ) -> jax.Array:
     """pre_bk, known to be x_bd . w_ld[indices_bk] + bias_l[indices_bk]: its gradient.
 
@@ -75,6 +86,7 @@ def outer_sum(
     x_bd: jax.Array,
     n_latents: int,
     dtype: DTypeLike,
+    kernels: Kernels | None = None,
 ) -> jax.Array:
     """Sums [L, D] of value times row over the slots of each latent.
 
@@ -83,11 +95,15 @@ def outer_sum(
     """
     k = values_bk.shape[1]
     values_n = values_bk.reshape(-1)
-    is_used_n = values_n != 0
-    # Unused slots go to the end, behind the last latent, and are not visited.
-    keys_n = jnp.where(is_used_n, indices_bk.reshape(-1), n_latents)
-    keys_n, order_n = lax.sort_key_val(keys_n, lax.iota(jnp.int32, keys_n.size))
+    keys_n, order_n = _sort_slots(values_bk, indices_bk, n_latents)
     x_bd = x_bd.astype(dtype)
+    if kernels:
+        starts_l = jnp.searchsorted(keys_n, lax.iota(jnp.int32, n_latents + 1))
+        own_ld = kernels.segment_outer(
+            values_n[order_n], order_n // k, starts_l.astype(jnp.int32), x_bd
+        )
+        if own_ld is not None:
+            return own_ld
     chunk = max(1, min(keys_n.size, _CHUNK_SIZE // x_bd.shape[1]))
     missing = -keys_n.size % chunk
     keys_n = jnp.pad(keys_n, (0, missing), constant_values=n_latents)
@@ -99,7 +115,7 @@ def outer_sum(
         rows = _scale(values_n[slots], x_bd[slots // k], sum_ld.dtype)
         return sum_ld.at[latents].add(rows, indices_are_sorted=True, mode="drop")
 
-    n_chunks = -(-jnp.sum(is_used_n, dtype=jnp.int32) // chunk)
+    n_chunks = -(-jnp.sum(values_n != 0, dtype=jnp.int32) // chunk)
     zeros_ld = _zeros(values_n, n_latents, x_bd.shape[1])
     # Zeros that XLA cannot take for those of another sum: it would make one array of
     # them, and then a copy for each.
@@ -107,9 +123,30 @@ def outer_sum(
     return lax.fori_loop(0, n_chunks, add, zeros_ld)
 
 
+def _sort_slots(
+    values_bk: jax.Array, indices_bk: jax.Array, n_latents: int
+) -> tuple[jax.Array, jax.Array]:
+    """The latents of all slots [N] in rising order, and which slot of B K each is.
+
+    Unused slots go to the end, behind the last latent.
+    """
+    is_used_n = values_bk.reshape(-1) != 0
+    latents_n = jnp.where(is_used_n, indices_bk.reshape(-1), n_latents)
+    return lax.sort_key_val(latents_n, lax.iota(jnp.int32, latents_n.size))
+
+
 def _decode(
-    values_bk: jax.Array, indices_bk: jax.Array, w_ld: jax.Array
+    values_bk: jax.Array,
+    indices_bk: jax.Array,
+    w_ld: jax.Array,
+    dtype: DTypeLike,
+    kernels: Kernels | None,
 ) -> jax.Array:
+    if kernels:
+        own_bd = kernels.decode(values_bk, indices_bk, w_ld)
+        if own_bd is not None:
+            return own_bd
+    w_ld = w_ld.astype(dtype)
     values_pcb, indices_pcb = _passes(values_bk), _passes(indices_bk)
 
     def add(i: jax.Array, sum_bd: jax.Array) -> jax.Array:
@@ -122,9 +159,20 @@ def _decode(
 
 
 def _multiply_at(
-    values_bk: jax.Array, indices_bk: jax.Array, x_bd: jax.Array, w_ld: jax.Array
+    values_bk: jax.Array,
+    indices_bk: jax.Array,
+    x_bd: jax.Array,
+    w_ld: jax.Array,
+    dtype: DTypeLike,
+    kernels: Kernels | None,
 ) -> jax.Array:
     """x_bd . w_ld[indices_bk] where the value is not 0, else 0: [B, K]."""
+    x_bd = x_bd.astype(dtype)
+    if kernels:
+        own_bk = kernels.sampled_product(x_bd, w_ld, indices_bk)
+        if own_bk is not None:
+            return jnp.where(values_bk != 0, own_bk, 0)
+    w_ld = w_ld.astype(dtype)
     indices_pcb = _passes(indices_bk)
 
     def fill(i: jax.Array, h_pcb: jax.Array) -> jax.Array:
@@ -141,18 +189,22 @@ def _multiply_at(
 
 
 def _decode_forward(
-    values_bk: jax.Array, indices_bk: jax.Array, w_ld: jax.Array, dtype: DTypeLike
+    values_bk: jax.Array,
+    indices_bk: jax.Array,
+    w_ld: jax.Array,
+    dtype: DTypeLike,
+    kernels: Kernels | None,
 ) -> tuple[jax.Array, Any]:
-    recon_bd = decode(values_bk, indices_bk, w_ld, dtype)
+    recon_bd = decode(values_bk, indices_bk, w_ld, dtype, kernels)
     return recon_bd, (values_bk, indices_bk, w_ld)
 
 
-def _decode_backward(dtype: DTypeLike, saved: Any, g_bd: jax.Array) -> tuple:
+def _decode_backward(
+    dtype: DTypeLike, kernels: Kernels | None, saved: Any, g_bd: jax.Array
+) -> tuple:
     values_bk, indices_bk, w_ld = saved
-    g_values_bk = _multiply_at(
-        values_bk, indices_bk, g_bd.astype(dtype), w_ld.astype(dtype)
-    )
-    g_w_ld = outer_sum(values_bk, indices_bk, g_bd, w_ld.shape[0], dtype)
+    g_values_bk = _multiply_at(values_bk, indices_bk, g_bd, w_ld, dtype, kernels)
+    g_w_ld = outer_sum(values_bk, indices_bk, g_bd, w_ld.shape[0], dtype, kernels)
     return g_values_bk.astype(values_bk.dtype), None, g_w_ld.astype(w_ld.dtype)
 
 
@@ -163,17 +215,46 @@ def _multiply_at_forward(
     w_ld: jax.Array,
     bias_l: jax.Array,
     dtype: DTypeLike,
+    kernels: Kernels | None,
 ) -> tuple[jax.Array, Any]:
     return pre_bk, (indices_bk, x_bd, w_ld, bias_l)
 
 
-def _multiply_at_backward(dtype: DTypeLike, saved: Any, g_bk: jax.Array) -> tuple:
+def _multiply_at_backward(
+    dtype: DTypeLike, kernels: Kernels | None, saved: Any, g_bk: jax.Array
+) -> tuple:
     indices_bk, x_bd, w_ld, bias_l = saved
-    g_x_bd = _decode(g_bk, indices_bk, w_ld.astype(dtype))
-    g_w_ld = outer_sum(g_bk, indices_bk, x_bd, w_ld.shape[0], dtype)
-    g_bias_l = _zeros(g_bk, bias_l.shape[0]).at[indices_bk].add(g_bk)
+    g_x_bd = _decode(g_bk, indices_bk, w_ld, dtype, kernels)
+    g_w_ld = outer_sum(g_bk, indices_bk, x_bd, w_ld.shape[0], dtype, kernels)
+    if kernels:
+        g_bias_l = _sum_in_order(g_bk, indices_bk, bias_l.shape[0])
+    else:
+        g_bias_l = _zeros(g_bk, bias_l.shape[0]).at[indices_bk].add(g_bk)
     gradients = (g_x_bd, x_bd), (g_w_ld, w_ld), (g_bias_l, bias_l)
     return None, None, *(g.astype(like.dtype) for g, like in gradients)
+
+
+def _sum_in_order(
+    values_bk: jax.Array, indices_bk: jax.Array, n_latents: int
+) -> jax.Array:
+    """Sums [L] of the values of each latent's slots.
+
+    The slots are sorted as `outer_sum` sorts them, which XLA does once. Then each holds
+    the sum of its latent's last 1, 2, 4, ... slots up to its own.
+    """
+    latents_n, slots_n = _sort_slots(values_bk, indices_bk, n_latents)
+    places_n = lax.iota(jnp.int32, slots_n.size)
+
+    def double(i: jax.Array, sums_n: jax.Array) -> jax.Array:
+        reach = jnp.left_shift(1, i)
+        is_own_n = (jnp.roll(latents_n, reach) == latents_n) & (places_n >= reach)
+        return sums_n + jnp.where(is_own_n, jnp.roll(sums_n, reach), 0)
+
+    n_doublings = (slots_n.size - 1).bit_length()
+    sums_n = lax.fori_loop(0, n_doublings, double, values_bk.reshape(-1)[slots_n])
+    all_l = lax.iota(jnp.int32, n_latents)
+    last_l = jnp.searchsorted(latents_n, all_l, side="right") - 1
+    return jnp.where(latents_n[last_l] == all_l, sums_n[last_l], 0)
 
 
 def _passes(array_bk: jax.Array) -> jax.Array:

@@ -47,6 +47,8 @@ def test_the_configs_that_these_tests_spoil_are_good(architecture):
         (lambda: SaeConfig(firing_threshold=-1.0), "firing_threshold = -1.0: must be"),
         (lambda: SaeConfig(normalization="layernorm"), "did you mean 'layer_norm'"),
         (lambda: SaeConfig(architecture="tpok"), "did you mean 'topk'"),
+        (lambda: SaeConfig(kernels="tpu"), "sae.kernels = 'tpu'"),
+        (lambda: _sae("batch_topk", kernels=True), "sae.kernels = True means nothing"),
         (lambda: SaeConfig(compute_dtype="bf16"), "compute_dtype = 'bf16': did you"),
         (lambda: DataConfig(batch_rows=10, lanes=4), "10 is not a multiple .* = 4"),
         (lambda: DataConfig(lanes=0), "data.lanes = 0: must be at least 1"),

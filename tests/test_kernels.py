@@ -254,13 +254,64 @@ def test_a_tpu_copies_rows_of_float32_alone():
 
 def test_kernels_are_found_by_platform_alone(monkeypatch):
     warnings = []
-    monkeypatch.setattr(logging, "log_first_n", lambda *args: warnings.append(args))
-    assert kernels.find("tpu").decode is tpu.decode
-    assert kernels.find("gpu").segment_outer is gpu.segment_outer
-    assert kernels.find("cpu") is None
+    monkeypatch.setattr(logging, "warning", lambda *args: warnings.append(args))
+    kernels._tell_plain.cache_clear()
+    kernels.find.cache_clear()
+    assert kernels.find("tpu").decode.args == (tpu.decode,)
+    assert kernels.find("gpu").segment_outer.args == (gpu.segment_outer,)
     assert not warnings
-    assert kernels.find("METAL") is None
+    for _ in range(2):
+        assert kernels.find("METAL") is None
+    assert len(warnings) == 1 and "'METAL'" in warnings[0][1]
+
+
+@pytest.mark.parametrize(
+    ("platform", "name", "arguments", "why"),
+    [
+        ("tpu", "decode", (((2, 1), "f4"), ((2, 1), "i4"), ((4, 8), "f2")), "float16"),
+        (
+            "tpu",
+            "segment_outer",
+            (((9,), "f4"), ((9,), "i4"), ((5,), "i4"), ((90000, 8), "f4")),
+            "90000 rows do not fit",
+        ),
+        (
+            "tpu",
+            "bucket_candidates",
+            (((8, 2**18), "f4"), ((256, 2**18), "f4"), ((256,), "f4")),
+            "do not fit in VMEM",
+        ),
+        (
+            "gpu",
+            "bucket_candidates",
+            (((4, 8), "f4"), ((300, 8), "f4"), ((300,), "f4")),
+            "choose a power of two",
+        ),
+    ],
+)
+def test_what_a_kernel_refuses_is_plain_jaxs_and_told_once(
+    monkeypatch, platform, name, arguments, why
+):
+    warnings = []
+    monkeypatch.setattr(
+        logging, "warning", lambda text, *args: warnings.append(text % args)
+    )
+    kernels._tell_plain.cache_clear()
+    kernel = getattr(kernels.find(platform), name)
+    if name == "bucket_candidates":
+        n_buckets = 128 if platform == "tpu" else 100
+        kernel = functools.partial(kernel, n_buckets=n_buckets, kept=1)
+    for _ in range(2):
+        given = [jax.ShapeDtypeStruct(*argument) for argument in arguments]
+        assert jax.eval_shape(kernel, *given) is None
     assert len(warnings) == 1
+    assert name in warnings[0] and why in warnings[0]
+
+
+def test_a_fault_of_the_caller_is_no_refusal():
+    kernel = kernels.find("gpu", interpret=True).bucket_candidates
+    with pytest.raises(ValueError, match="do not fit"):
+        kernel(jnp.zeros((4, 8)), jnp.zeros((300, 9)), jnp.zeros(300), 128, 1)
 
 
 def _integers(choice):

@@ -1,4 +1,4 @@
-"""Every kernel compiles for its platform, at the shapes of a real run.
+"""Every kernel compiles for its platform, at the shapes of a real run, and in a step.
 
 The TPU's are compiled ahead of time by libtpu, without a TPU, in a process of their
 own: this file is that process's program too. Mosaic refuses much that interprets well:
@@ -9,6 +9,7 @@ which refuses arrays that are no power of two; compiling them would take a GPU.
 import functools
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,7 +22,10 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sae_jax import kernels
+from sae_jax import kernels, state, step
+from sae_jax.config import DataConfig, SaeConfig, TrainConfig
+from sae_jax.mesh import batch_sharding
+from sae_jax.normalize import Normalization
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 ROWS, WIDTH, LATENTS, K = 8192, 2048, 2**18, 64
@@ -68,6 +72,44 @@ def test_kernels_of_shards_lower_for_cuda():
         traced = jax.jit(kernel).trace(*arguments)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert "triton" in text, name
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2)])
+def test_a_step_with_kernels_lowers_for_cuda(monkeypatch, shape):
+    found = kernels.find("gpu")
+    monkeypatch.setattr(kernels, "find", lambda platform: found)
+    devices = np.reshape(jax.devices()[: math.prod(shape)], shape)
+    setup, rows_bd = _run(Mesh(devices, ("data", "latent")))
+    traced = step.make_step(setup).trace(state.abstract(setup), rows_bd)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # Candidates, decode and its two gradients, and the encoder's two.
+    assert text.count("custom_call @__gpu$xla.gpu.triton(") == 6
+
+
+@needs_libtpu
+def test_a_step_with_kernels_compiles_for_a_tpu():
+    subprocess.run(
+        [sys.executable, __file__, "step"],
+        env=os.environ | {"TPU_SKIP_MDS_QUERY": "1"},
+        check=True,
+    )
+
+
+def _run(mesh):
+    """A run with kernels, and the rows of one of its steps."""
+    sae = SaeConfig(
+        d_model=768,
+        n_latents=2**16,
+        k=32,
+        k_aux=256,
+        selection="bucketed",
+        kernels=True,
+        compute_dtype="bfloat16",
+    )
+    config = TrainConfig(sae=sae, data=DataConfig(batch_rows=ROWS))
+    setup = state.Setup(config, Normalization(), mesh, "resid_post.0", "0")
+    sharding = batch_sharding(mesh)
+    return setup, jax.ShapeDtypeStruct((ROWS, 768), "float32", sharding=sharding)
 
 
 def _calls(platform, dtype):
@@ -195,6 +237,28 @@ def _compile(kernel, arguments):
     return ""
 
 
+def _compile_step(topology):
+    """A step over four chips; an error where the compiler refuses it."""
+    devices = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology
+    ).devices
+    mesh = Mesh(np.reshape(devices, (2, 2)), ("data", "latent"))
+    setup, rows_bd = _run(mesh)
+    # A state is described with a key that is on its devices: here on one that is there.
+    on_cpu, _ = _run(Mesh(np.reshape(jax.devices(), (1, 1)), ("data", "latent")))
+    placed = jax.tree.map(
+        lambda leaf: leaf.update(sharding=NamedSharding(mesh, leaf.sharding.spec)),
+        state.abstract(on_cpu),
+    )
+    state.abstract = lambda setup: placed
+    compiled = step.make_step(setup).lower(placed, rows_bd).compile()
+    # The rows' gradient is not asked for.
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 5
+
+
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
+    if sys.argv[1] == "step":
+        _compile_step(TOPOLOGIES[0])
+        sys.exit()
     print(json.dumps(_compile_all(sys.argv[1])))

@@ -10,7 +10,7 @@ from compare import QUICK_TO_COMPILE
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from sae_jax import sparse
+from sae_jax import kernels, sparse
 from sae_jax.config import MeshConfig
 from sae_jax.mesh import DATA, LATENT, make_mesh
 
@@ -72,12 +72,12 @@ def _jit(function):
 
 
 @functools.cache
-def _decoder(dtype):
+def _decoder(dtype, own=None):
     """Compiled: x̂ and the gradients of values and of weights."""
 
     def decode(values_bk, indices_bk, g_bd, w_ld):
         recon_bd, pull = jax.vjp(
-            lambda values, w: sparse.decode(values, indices_bk, w, dtype),
+            lambda values, w: sparse.decode(values, indices_bk, w, dtype, own),
             values_bk,
             w_ld,
         )
@@ -87,13 +87,13 @@ def _decoder(dtype):
 
 
 @functools.cache
-def _multiplier(dtype):
+def _multiplier(dtype, own=None):
     """Compiled: what is handed on, its gradient, and those of the factors."""
 
     def multiply(g_bk, indices_bk, x_bd, w_ld, bias_l):
         pre_bk = jnp.full_like(g_bk, 0.25)
         found_bk, pull = jax.vjp(
-            lambda pre, *rest: sparse.multiply_at(pre, indices_bk, *rest, dtype),
+            lambda pre, *rest: sparse.multiply_at(pre, indices_bk, *rest, dtype, own),
             *(pre_bk, x_bd, w_ld, bias_l),
         )
         return found_bk, *pull(g_bk)
@@ -127,6 +127,59 @@ def test_the_gradient_at_sparse_indices_is_that_of_the_dense_product(x64, shape,
     _check(got, _want_multiply(g_bk, indices_bk, x_bd, w_ld))
     np.testing.assert_array_equal(pre_bk, 0.25)  # handed on as it is
     np.testing.assert_array_equal(g_pre_bk, 0)
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_with_kernels_all_are_those_of_the_dense_product(platform, use):
+    own = kernels.find(platform, interpret=True)
+    shape = (B, 9, L, D)
+    case = [np.float32(array) for array in _case(shape, use)]
+    values_bk, _, x_bd, w_ld, bias_l = case
+    indices_bk = _case(shape, use)[1]
+    got = _decoder("float32", own)(values_bk, indices_bk, x_bd, w_ld)
+    _check(got, _want_decode(values_bk, indices_bk, x_bd, w_ld), rtol=1e-5)
+    np.testing.assert_array_equal(np.asarray(got[1])[values_bk == 0], 0)
+    pre_bk, g_pre_bk, *got = _multiplier("float32", own)(
+        values_bk, indices_bk, x_bd, w_ld, bias_l
+    )
+    _check(got, _want_multiply(values_bk, indices_bk, x_bd, w_ld), rtol=1e-5)
+    np.testing.assert_array_equal(pre_bk, 0.25)
+    np.testing.assert_array_equal(g_pre_bk, 0)
+
+
+@pytest.mark.parametrize("owners", [[0, 1, 3], [1]], ids=str)
+@pytest.mark.parametrize("n_slots", [1, 2, 3, 64, 65, 300])
+def test_sums_in_order_have_slots_of_any_number(n_slots, owners):
+    """The gradient of a bias, where few latents own all slots."""
+    own = kernels.find("gpu", interpret=True)
+    g_bk, indices_bk, x_bd, w_ld, bias_l = _case((n_slots, 1, 4, 1), "all")
+    indices_bk = np.int32(owners)[indices_bk % len(owners)]
+    factors = (np.float32(array) for array in (x_bd, w_ld, bias_l))
+    *_, g_bias_l = _multiplier("float32", own)(np.float32(g_bk), indices_bk, *factors)
+    _check([g_bias_l], [_dense(g_bk, indices_bk, 4).sum(0)], rtol=1e-5)
+
+
+def test_with_kernels_for_a_gpu_no_float_is_added_in_any_order():
+    def differentiate(own, g_bk, indices_bk, x_bd, w_ld):
+        def run(pre_bk, x_bd, w_ld):
+            bias_l = w_ld[:, 0]
+            args = pre_bk, indices_bk, x_bd, w_ld, bias_l, jnp.float32, own
+            values_bk = sparse.multiply_at(*args)
+            return sparse.decode(values_bk, indices_bk, w_ld, jnp.float32, own)
+
+        return jax.vjp(run, g_bk, x_bd, w_ld)[1](x_bd)
+
+    shapes = (16, 8), (16, 8), (16, 128), (64, 128)
+    case = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    case[1] = case[1].update(dtype=jnp.int32)
+    scatters = []
+    for own in (None, kernels.find("gpu")):
+        traced = jax.jit(differentiate, static_argnums=0).trace(own, *case)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        scatters.append(text.count('"stablehlo.scatter"('))
+    # Of plain JAX, two sums of weights and one of a bias, and products put in place.
+    assert scatters == [4, 0]
 
 
 def test_an_unused_slot_points_anywhere(x64):

@@ -14,7 +14,7 @@ import oracle
 import pytest
 from compare import QUICK_TO_COMPILE
 
-from sae_jax import topk
+from sae_jax import kernels, topk
 from sae_jax.topk import Choice
 
 B, L, K = 11, 100, 5
@@ -65,9 +65,9 @@ def _pre(kind: str, shape=(B, L)) -> np.ndarray:
 
 
 @functools.cache
-def _compiled(choice: Choice):
+def _compiled(choice: Choice, own: kernels.Kernels | None = None):
     return jax.jit(
-        lambda x, w, bias: topk.encode(x, w, bias, choice, jnp.float32),
+        lambda x, w, bias: topk.encode(x, w, bias, choice, jnp.float32, own),
         compiler_options=QUICK_TO_COMPILE,
     )
 
@@ -268,6 +268,32 @@ def test_latents_in_an_order_of_their_own_are_found_as_well(order):
     found_bn = by_bucket[:, :, : choice.kept].reshape(1024, -1)
     least_b1 = -np.sort(-pre_bl, axis=1)[:, 31:32]
     assert (found_bn >= least_b1).sum() / (32 * 1024) < choice.recall - 0.05
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_kernels_keep_the_best_of_each_bucket(platform):
+    """Of rows in tiles that are not whole, one of them NaN; the last group is not."""
+    own, n_latents = kernels.find(platform, interpret=True), 1100
+    choice = _choice("bucketed", k=60, n_buckets=128, kept=2, n_latents=n_latents)
+    rng = np.random.default_rng(0)
+    x_bd = np.float32(rng.integers(-9, 10, (B, 3)))
+    x_bd[4, 1] = np.nan
+    w_ld = np.float32(rng.integers(-9, 10, (n_latents, 3)))
+    bias_l = np.float32(rng.permutation(n_latents) / n_latents)  # no two are equal
+    values_bk, columns_bk, n_resorted = _compiled(choice, own)(x_bd, w_ld, bias_l)
+    assert np.isnan(values_bk[4]).all()
+    pre_bl = np.delete(x_bd, 4, axis=0) @ w_ld.T + bias_l
+    filled_bl = np.pad(pre_bl, ((0, 0), (0, -n_latents % 128)), constant_values=-1e9)
+    by_bucket = filled_bl.reshape(B - 1, -1, 128)
+    is_held = by_bucket >= -np.sort(-by_bucket, axis=1)[:, 1:2]
+    held_bl = is_held.reshape(B - 1, -1)[:, :n_latents]
+    want_bk = np.array(oracle.choose(np.where(held_bl, pre_bl, -np.inf), 60))
+    found_bk = np.delete(columns_bk, 4, axis=0)
+    np.testing.assert_array_equal(found_bk, want_bk)
+    want_values_bk = np.take_along_axis(pre_bl, want_bk, 1)
+    np.testing.assert_array_equal(np.delete(values_bk, 4, axis=0), want_values_bk)
+    assert (0 <= columns_bk).all() and (columns_bk < n_latents).all()
+    assert n_resorted == 0
 
 
 # All methods --------------------------------------------------------------------------

@@ -77,6 +77,13 @@ class SaeConfig:
         "latent shard's",
         only=("topk",),
     )
+    kernels: bool = setting(
+        False,
+        "use the platform's own kernels (Pallas; TPU and GPU), which have not been "
+        "measured, for bucketed selection and for sparse products, whose sums they "
+        "take in a fixed order, on a GPU too",
+        only=("topk",),
+    )
     capacity_factor: float | None = setting(
         None,
         "a latent shard hands over at most K times this / shards candidates; None: K",

@@ -13,6 +13,10 @@ MOST_KEPT = 4  # levels that a kernel holds per bucket
 Ref = Any  # an array in memory that a kernel reads or writes
 
 
+class Refused(ValueError):
+    """A kernel does not take these shapes or dtypes, which plain JAX does."""
+
+
 def check_candidates(
     x_bd: jax.Array, w_ld: jax.Array, bias_l: jax.Array, n_buckets: int, kept: int
 ) -> None:
@@ -28,7 +32,7 @@ def check_candidates(
             "compute dtype"
         )
     if not 1 <= kept <= MOST_KEPT:
-        raise ValueError(f"kept is {kept}: choose from 1 to {MOST_KEPT}")
+        raise Refused(f"kept is {kept}: choose from 1 to {MOST_KEPT}")
     if n_buckets < 1:
         raise ValueError(f"n_buckets is {n_buckets}: choose at least 1")
 
@@ -44,8 +48,12 @@ def declare(
 ) -> jax.ShapeDtypeStruct:
     """A result that varies over every mesh axis that one of the inputs varies over.
 
-    `jax.shard_map` checks this, and cannot see it through a kernel.
+    `jax.shard_map` checks this, and cannot see it through a kernel. Refused where an
+    input is wider than the float32 that kernels sum in.
     """
+    for x in inputs:
+        if x.dtype.itemsize > 4:
+            raise Refused(f"an array is {x.dtype}: cast it to float32")
     axes = [jax.typeof(x).manual_axis_type.varying for x in inputs]
     varying = ManualAxisType(varying=frozenset().union(*axes))
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)

@@ -20,9 +20,10 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from sae_jax import normalize, optim, sparse, topk
+from sae_jax import kernels, normalize, optim, sparse, topk
 from sae_jax.config import SaeConfig, max_active, subtracts_b_dec
 from sae_jax.firing import Counters
+from sae_jax.kernels import Kernels
 from sae_jax.matmul import matmul
 from sae_jax.mesh import DATA, LATENT, param_spec
 from sae_jax.normalize import Normalization
@@ -111,6 +112,12 @@ class Sae(nnx.Module):
         is_cpu = self.mesh.devices.flat[0].platform == "cpu"
         return self.w_enc_ld.dtype if is_cpu else jnp.dtype(jnp.bfloat16)
 
+    @property
+    def kernels(self) -> Kernels | None:
+        """The platform's own, if they are asked for and it has any."""
+        is_asked = self.config.kernels
+        return kernels.find(self.mesh.devices.flat[0].platform) if is_asked else None
+
     @jax.jit
     def encode(self, acts: jax.Array) -> SparseCode:
         """The code of rows [..., D] in activation space."""
@@ -187,6 +194,7 @@ class Sae(nnx.Module):
                 jnp.where(is_own_bk, own_bk, 0),
                 w_dec_ld,
                 self.dtype,
+                self.kernels,
             )
             return lax.psum(part_bd, LATENT) + weights["b_dec_d"]
 

@@ -119,7 +119,12 @@ class TopKSae(Sae):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """A shard's candidates for K: values, columns, and rows chosen for again."""
         return topk.encode(
-            rows_bd, own.w_enc_ld, own.bias_l, self.choice(k), self.dtype
+            rows_bd,
+            own.w_enc_ld,
+            own.bias_l,
+            self.choice(k),
+            self.dtype,
+            self.kernels,
         )
 
     def _reconstruct(
@@ -132,7 +137,9 @@ class TopKSae(Sae):
         values_bk = jnp.where(ranks_bk < k_most, nnx.relu(values_bk), 0)
 
         def decode(values_bk: jax.Array) -> jax.Array:
-            return sparse.decode(values_bk, columns_bk, own.w_dec_ld, self.dtype)
+            return sparse.decode(
+                values_bk, columns_bk, own.w_dec_ld, self.dtype, self.kernels
+            )
 
         parts = {}
         if self.config.multi_topk:

@@ -7,7 +7,8 @@ candidates while they are in cache; [B, L] is never held. The methods (`sae.sele
 
     exact     buckets, and proof: rows for which they cannot show that they found the K
               largest are chosen for once more, by sorting
-    bucketed  buckets alone, with the expected recall of `topk.recall`
+    bucketed  buckets alone, with the expected recall of `topk.recall`; by a kernel of
+              the platform's where `kernels` are given and it takes the shapes
     approx    `lax.approx_max_k` of a few rows at a time; exact on all but TPUs
 
 A row that holds a NaN or an infinity gets NaN values, so that the loss shows it.
@@ -22,6 +23,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from sae_jax import sparse
+from sae_jax.kernels import Kernels
 from sae_jax.matmul import matmul
 from sae_jax.topk import bucketed
 from sae_jax.topk.plan import Choice
@@ -37,6 +39,7 @@ def encode(
     bias_l: jax.Array,
     choice: Choice,
     dtype: DTypeLike,
+    kernels: Kernels | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The choice among the latents of one shard.
 
@@ -47,8 +50,10 @@ def encode(
         the shard's columns, int32; and how many rows were chosen for again.
     """
     x, w, bias = (lax.stop_gradient(array) for array in (x_bd, w_ld, bias_l))
-    values_bk, columns_bk, n_resorted = _choose(x, w, bias, choice, dtype)
-    values_bk = sparse.multiply_at(values_bk, columns_bk, x_bd, w_ld, bias_l, dtype)
+    values_bk, columns_bk, n_resorted = _choose(x, w, bias, choice, dtype, kernels)
+    values_bk = sparse.multiply_at(
+        values_bk, columns_bk, x_bd, w_ld, bias_l, dtype, kernels
+    )
     return values_bk, columns_bk, n_resorted
 
 
@@ -91,6 +96,7 @@ def _choose(
     bias_l: jax.Array,
     choice: Choice,
     dtype: DTypeLike,
+    kernels: Kernels | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     is_finite_b1 = jnp.isfinite(jnp.sum(x_bd, axis=1, keepdims=True))
     x_bd = jnp.where(is_finite_b1, x_bd, 0).astype(dtype)
@@ -99,7 +105,9 @@ def _choose(
     if choice.method == "exact" and choice.n_buckets:
         code, n_resorted = _prove(latents, x_bd, choice)
     elif choice.n_buckets:
-        code = _map_rows(lambda x: _fill(latents, x, choice)[0], x_bd, choice.tile_rows)
+        code = _map_rows(
+            lambda x: _find(latents, x, choice, kernels), x_bd, choice.tile_rows
+        )
     elif choice.method == "approx":
         code = _approximate(latents, x_bd, choice)
     else:
@@ -130,6 +138,19 @@ def _prove(
 
     need = (n_resorted > 0).astype(jnp.int32) + (n_resorted > few)
     return lax.switch(need, (lambda: code, sort_few, sort_all)), n_resorted
+
+
+def _find(
+    latents: _Latents, x_bd: jax.Array, choice: Choice, kernels: Kernels | None
+) -> Code:
+    """The buckets' choice, their candidates found by the kernel if there is one."""
+    own = kernels and kernels.bucket_candidates(
+        x_bd, latents.w_ld, latents.bias_l, choice.n_buckets, choice.kept
+    )
+    if own is None:
+        return _fill(latents, x_bd, choice)[0]
+    values, columns = own  # levels side by side
+    return bucketed.best(bucketed.Buckets((values,), (columns,), None), choice.k)
 
 
 def _fill(

@@ -19,7 +19,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from sae_jax.kernels.best import Best, insert
-from sae_jax.kernels.shapes import Ref, check_candidates, declare, product_precision
+from sae_jax.kernels.shapes import (
+    Ref,
+    Refused,
+    check_candidates,
+    declare,
+    product_precision,
+)
 
 SMALLEST = 16  # side of a matrix product
 BUCKETS_OF_KEPT = {1: 128, 2: 64, 3: 32, 4: 32}  # beside 128 rows, of 2-byte factors
@@ -39,7 +45,7 @@ def bucket_candidates(
     """As `reference.bucket_candidates`, for n_buckets a power of two from 16."""
     check_candidates(x_bd, w_ld, bias_l, n_buckets, kept)
     if n_buckets < SMALLEST or n_buckets & (n_buckets - 1):
-        raise ValueError(
+        raise Refused(
             f"n_buckets is {n_buckets}: choose a power of two, {SMALLEST} or more"
         )
     n_rows, columns = x_bd.shape[0], kept * n_buckets

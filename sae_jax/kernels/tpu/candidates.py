@@ -19,7 +19,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sae_jax.kernels.best import insert
-from sae_jax.kernels.shapes import Ref, check_candidates, declare, product_precision
+from sae_jax.kernels.shapes import (
+    Ref,
+    Refused,
+    check_candidates,
+    declare,
+    product_precision,
+)
 from sae_jax.kernels.tpu.memory import LANES, VMEM_LIMIT, round_up
 
 VMEM_BUDGET = VMEM_LIMIT * 7 // 8  # the compiler spills into the rest
@@ -44,7 +50,7 @@ def bucket_candidates(
     """
     check_candidates(x_bd, w_ld, bias_l, n_buckets, kept)
     if n_buckets % LANES:
-        raise ValueError(f"n_buckets is {n_buckets}: choose a multiple of {LANES}")
+        raise Refused(f"n_buckets is {n_buckets}: choose a multiple of {LANES}")
     (n_rows, width), n_latents = x_bd.shape, w_ld.shape[0]
     columns = kept * n_buckets
     rows, latents = _fit_tiles(
@@ -156,7 +162,7 @@ def _fit_tiles(
 ) -> tuple[int, int]:
     """The tile of at most these sizes that fits: the larger side is halved until then.
 
-    ValueError where the smallest does not.
+    Refused where the smallest does not.
     """
     while True:
         whole = _whole_buckets(latents, n_buckets)
@@ -168,7 +174,7 @@ def _fit_tiles(
         elif whole > LANES:
             latents = whole // 2
         else:
-            raise ValueError(
+            raise Refused(
                 f"the {kept} best of {n_buckets} buckets do not fit in VMEM beside "
                 f"rows of {row_bytes} bytes: choose fewer buckets"
             )

@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from sae_jax.kernels.shapes import Ref, declare
+from sae_jax.kernels.shapes import Ref, Refused, declare
 from sae_jax.kernels.tpu.memory import LANES, SUBLANES, VMEM_LIMIT, round_up
 
 GROUP = SUBLANES  # rows
@@ -90,7 +90,7 @@ def _call(
 ) -> jax.Array:
     """`multiply` of each wave, into [B, n_columns]; `own_bn` is what the rows bring."""
     if w_ld.dtype != jnp.float32:
-        raise ValueError(f"the matrix is {w_ld.dtype}: cast it to float32")
+        raise Refused(f"the matrix is {w_ld.dtype}: cast it to float32")
     n_rows, k = indices_bk.shape
     fitting = SMEM_WORDS // round_up(k, LANES) // GROUP * GROUP
     rows = min(round_up(row_tile, GROUP), n_rows, max(fitting, GROUP))

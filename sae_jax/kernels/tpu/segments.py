@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from sae_jax.kernels.shapes import Ref, declare
+from sae_jax.kernels.shapes import Ref, Refused, declare
 from sae_jax.kernels.tpu.memory import LANES, SUBLANES, VMEM_LIMIT, round_up
 
 SLAB_BYTES = VMEM_LIMIT * 3 // 4  # of g's columns
@@ -89,7 +89,7 @@ def _fit_slab(n_rows: int, width_tile: int) -> int:
     """Columns of g that fit in VMEM, in whole lanes."""
     fitting = SLAB_BYTES // (4 * round_up(n_rows, SUBLANES)) // LANES * LANES
     if not fitting:
-        raise ValueError(
+        raise Refused(
             f"{n_rows} rows do not fit in VMEM: pass at most {SLAB_BYTES // 4 // LANES}"
         )
     return min(width_tile, fitting)
