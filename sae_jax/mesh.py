@@ -57,6 +57,11 @@ def param_spec(name: str) -> PartitionSpec:
     return by_axes.get(name.rpartition("_")[2], PartitionSpec())
 
 
+def is_spread(name: str) -> bool:
+    """Whether the parameter of this name is partitioned over latents."""
+    return LATENT in param_spec(name)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -20,6 +20,7 @@ Parameters are flat dictionaries from a name to an array; the names of the rows 
 unit norm come from the architecture.
 """
 
+import functools
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from sae_jax.config import TrainConfig, learning_rate
+from sae_jax.mesh import is_spread
 
 Params = dict[str, jax.Array]
 
@@ -97,7 +99,7 @@ def update(
         correction2=1 - config.optimizer.b2**count,
         clip_factor=clip_factor,
     )
-    first = _wait_for(grads)
+    begin = _wait_for(grads)
     slots, squares = {}, {}
     for name, param in old.params.items():
         slot = _Slots(param, old.ema[name], moments.mu[name], moments.nu[name])
@@ -107,7 +109,7 @@ def update(
             squares[name] = _sums_of_squares(grads[name], assigned[name])
         else:
             slots[name], squares[name] = _update(
-                config, name in unit_norm, slot, grads[name], step, first
+                config, name in unit_norm, slot, grads[name], step, begin
             )
     grad_norm, param_norm = jnp.sqrt(_add_up(squares, axis))
     new = Optimized(
@@ -163,54 +165,63 @@ def _update(
     slots: _Slots,
     grad: jax.Array,
     step: _Step,
-    first: jax.Array,
+    begin: jax.Array,
 ) -> tuple[_Slots, jax.Array]:
     """One parameter after one step, and the sums of squares of gradient and itself."""
-    n_rows = grad.shape[0] if grad.ndim else 1
-    rows = min(n_rows, max(1, _CHUNK_SIZE * n_rows // grad.size))
-
-    def on_chunk(
-        first: jax.Array, size: int, slots: _Slots, grad: jax.Array
-    ) -> tuple[_Slots, jax.Array]:
-        def take(array: jax.Array) -> jax.Array:
-            return lax.dynamic_slice_in_dim(array, first, size)
-
-        def put(array: jax.Array, chunk: jax.Array) -> jax.Array:
-            return lax.dynamic_update_slice_in_dim(array, chunk, first, 0)
-
-        # Each array is put back before it is read again: what is read from the old
-        # one after that would keep a copy of all of it.
-        optimizer, old = config.optimizer, take(slots.param)
-        g = take(grad)
-        if is_unit:
-            g = project_rows(g, old)
-        g = lax.optimization_barrier(g * step.clip_factor)
-        mu = put(slots.mu, _mix(optimizer.b1, take(slots.mu), g))
-        nu = put(slots.nu, _mix(optimizer.b2, take(slots.nu), jnp.square(g)))
-        root = jnp.sqrt(take(nu) / step.correction2) + optimizer.eps
-        new = old - step.rate * (take(mu) / step.correction1) / root
-        if is_unit:
-            new = normalise_rows(new)
-        param = put(slots.param, new)
-        ema = put(slots.ema, _average(config, take(slots.ema), take(param)))
-        squares = _sums_of_squares(take(grad), take(param))
-        return _Slots(param, ema, mu, nu), squares
-
-    def loop(i: jax.Array, carry: tuple[_Slots, jax.Array]) -> tuple:
-        slots, squares = carry
-        slots, more = on_chunk(i * rows, rows, slots, grad)
-        return slots, squares + more
-
     shape = grad.shape
     if not shape:
         slots, grad = jax.tree.map(jnp.atleast_1d, (slots, grad))
+    n_rows = grad.shape[0]
+    rows = min(n_rows, max(1, _CHUNK_SIZE * n_rows // grad.size))
+    on_rows = functools.partial(_update_rows, config, is_unit, step, grad)
+
+    def loop(i: jax.Array, carry: tuple[_Slots, jax.Array]) -> tuple:
+        slots, squares = carry
+        slots, more = on_rows(slots, i * rows, rows)
+        return slots, squares + more
+
     n_chunks, n_left = divmod(n_rows, rows)
     zeros = jnp.full_like(grad, 0, shape=(2,))
-    slots, squares = lax.fori_loop(first, n_chunks, loop, (slots, zeros))
+    slots, squares = lax.fori_loop(begin, n_chunks, loop, (slots, zeros))
     if n_left:
-        slots, more = on_chunk(jnp.int32(n_rows - n_left), n_left, slots, grad)
+        slots, more = on_rows(slots, jnp.int32(n_rows - n_left), n_left)
         squares += more
     return jax.tree.map(lambda array: array.reshape(shape), slots), squares
+
+
+def _update_rows(
+    config: TrainConfig,
+    is_unit: bool,
+    step: _Step,
+    grad: jax.Array,
+    slots: _Slots,
+    first: jax.Array,
+    size: int,
+) -> tuple[_Slots, jax.Array]:
+    """The same of `size` rows from `first` on."""
+
+    def take(array: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(array, first, size)
+
+    def put(array: jax.Array, chunk: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(array, chunk, first, 0)
+
+    # Each array is put back before it is read again: what is read from the old one
+    # after that would keep a copy of all of it.
+    optimizer, old = config.optimizer, take(slots.param)
+    g = take(grad)
+    if is_unit:
+        g = project_rows(g, old)
+    g = lax.optimization_barrier(g * step.clip_factor)
+    mu = put(slots.mu, _mix(optimizer.b1, take(slots.mu), g))
+    nu = put(slots.nu, _mix(optimizer.b2, take(slots.nu), jnp.square(g)))
+    root = jnp.sqrt(take(nu) / step.correction2) + optimizer.eps
+    new = old - step.rate * (take(mu) / step.correction1) / root
+    if is_unit:
+        new = normalise_rows(new)
+    param = put(slots.param, new)
+    ema = put(slots.ema, _average(config, take(slots.ema), take(param)))
+    return _Slots(param, ema, mu, nu), _sums_of_squares(take(grad), take(param))
 
 
 def _wait_for(grads: Params) -> jax.Array:
@@ -219,13 +230,8 @@ def _wait_for(grads: Params) -> jax.Array:
     The last of them, of b_dec, reads W_enc. If it were not clear that this happens
     before W_enc is overwritten, W_enc would be copied.
     """
-    small = [jnp.sum(jnp.square(g)) for n, g in grads.items() if not _is_spread(n)]
+    small = [jnp.sum(jnp.square(g)) for n, g in grads.items() if not is_spread(n)]
     return (sum(small, start=jnp.zeros(())) < 0).astype(jnp.int32)
-
-
-def _is_spread(name: str) -> bool:
-    """Whether a parameter is partitioned over latents."""
-    return name.endswith(("_l", "_ld"))
 
 
 def _clip_factor(
@@ -250,8 +256,8 @@ def _clip_factor(
 
 def _add_up(squares: dict[str, jax.Array], axis: str | None) -> jax.Array:
     """The sum over all parameters on all devices."""
-    own = [square for name, square in squares.items() if _is_spread(name)]
-    shared = [square for name, square in squares.items() if not _is_spread(name)]
+    own = [square for name, square in squares.items() if is_spread(name)]
+    shared = [square for name, square in squares.items() if not is_spread(name)]
     total = sum(own, start=jnp.zeros(()))
     return sum(shared, start=lax.psum(total, axis) if axis else total)
 

@@ -20,6 +20,7 @@ import optax
 
 from sae_jax import loader, optim
 from sae_jax import state as states
+from sae_jax.mesh import is_spread
 from sae_jax.state import Setup, TrainState
 from sae_jax.store import Store
 
@@ -95,7 +96,7 @@ def _restart(
     starts = {"w_dec_ld": starts_ld, "w_enc_ld": length * starts_ld}
     return {
         name: _choose(is_dead_l, starts.get(name, jnp.zeros_like(value)), value)
-        if name.endswith(("_l", "_ld"))
+        if is_spread(name)
         else value
         for name, value in params.items()
     }
@@ -109,7 +110,7 @@ def _forget(
     def forget(by_name: optim.Params) -> optim.Params:
         return {
             name: _choose(is_dead_l, jnp.zeros_like(moment), moment)
-            if name.endswith(("_l", "_ld"))
+            if is_spread(name)
             else moment
             for name, moment in by_name.items()
         }

@@ -13,7 +13,8 @@ A slot whose value is 0 is unused: it adds nothing and gets no gradient. Columns
 the last that any row uses cost nothing, which is what makes a latent shard's share of a
 code cheap: it holds few of the K winners of each row, and its candidates descend.
 
-Factors are rounded to `dtype` and sums kept in float32 (float64 where the factors are).
+Rows of D are rounded to `dtype`; values are not. Sums are kept in float32 (float64
+where the rows are).
 
 With a platform's own `kernels` (`sae_jax.kernels`) slots are summed in a fixed order:
 the same bits on every run, on a GPU too, where `.at[].add` adds in any order. Kernels

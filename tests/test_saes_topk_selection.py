@@ -21,6 +21,7 @@ from small_sae import (
 from sae_jax import state
 from sae_jax.config import MeshConfig, SaeConfig
 from sae_jax.mesh import make_mesh
+from sae_jax.saes.topk import plan_choice
 from sae_jax.state import Setup
 from sae_jax.step import make_step, validate
 from sae_jax.store import open_store
@@ -35,7 +36,7 @@ def _setup(mesh_shape, method: str, **sae) -> Setup:
     n_latents = OWN * mesh_shape[1]
     sae |= {"n_latents": n_latents, "selection": method, "recall_target": TARGET}
     setup = make_setup(mesh_shape, **sae)
-    choice = setup.sae(make_params(n_latents=n_latents)).choice(K)
+    choice = plan_choice(setup.config.sae, setup.mesh, K)
     assert choice.method == method
     assert bool(choice.n_buckets) == (method != "approx")
     return setup
@@ -129,7 +130,7 @@ def test_recall_over_latent_shards_is_the_expected_one(method, capacity_factor):
     }
     rows_bd = np.float32(rng.normal(size=(2048, d_model)))
     model = setup.sae(place(setup, params, np.float32))
-    expected = model.choice(k).recall
+    expected = plan_choice(setup.config.sae, setup.mesh, k).recall
     assert 0.9 <= expected < 1
     pre_bl = rows_bd @ np.float32(params["w_enc_ld"]).T
     least_b1 = -np.partition(-pre_bl, k - 1, axis=1)[:, k - 1 : k]

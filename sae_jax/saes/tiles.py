@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.mesh import DATA, LATENT
+from sae_jax.mesh import DATA, LATENT, is_spread
 from sae_jax.saes.base import LATENTS, ROWS, Sae, Weights
 
 Sums = dict[str, jax.Array]  # each [B] or [B, D]
@@ -59,7 +59,7 @@ def _on_tiles(
     tiled = {
         name: value.reshape(n_tiles, -1, *value.shape[1:])
         for name, value in weights.items()
-        if name.endswith(("_l", "_ld"))
+        if is_spread(name)
     }
     shared = {name: weights[name] for name in weights.keys() - tiled.keys()}
     on_tile = jax.checkpoint(on_tile)

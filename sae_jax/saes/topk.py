@@ -51,10 +51,6 @@ class TopKSae(Sae):
     def k(self) -> int:
         return self.config.k
 
-    def choice(self, k: int) -> topk.Choice:
-        """How the shards choose their candidates for K latents."""
-        return plan_choice(self.config, self.mesh, k)
-
     def with_k(self, k: int) -> "TopKSae":
         """The same SAE, choosing K latents; it shares this one's weights."""
         other = nnx.merge(*nnx.split(self))
@@ -118,13 +114,9 @@ class TopKSae(Sae):
         self, rows_bd: jax.Array, own: dead_latents.Weights, k: int
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """A shard's candidates for K: values, columns, and rows chosen for again."""
+        choice = plan_choice(self.config, self.mesh, k)
         return topk.encode(
-            rows_bd,
-            own.w_enc_ld,
-            own.bias_l,
-            self.choice(k),
-            self.dtype,
-            self.kernels,
+            rows_bd, own.w_enc_ld, own.bias_l, choice, self.dtype, self.kernels
         )
 
     def _reconstruct(

@@ -1,11 +1,12 @@
 """Two-stage choice: the best few of each bucket, then the best K of these.
 
-Latent l is in bucket l mod n_buckets. The stride matters: where latents that fire
-together lie together (sorted by frequency, Matryoshka groups), contiguous buckets would
-lose more than `topk.recall` says. The first stage takes pre-activations tile by tile,
-while they are hot, and keeps the `kept` largest of each bucket with their places; the
-second sorts n_buckets * kept candidates instead of L. (Samaga et al. 2025,
-arXiv 2506.04165; with kept = 1, Chern et al. 2022, arXiv 2206.14286.)
+A latent's bucket is its place in its tile mod n_buckets. The stride matters: where
+latents that fire together lie together (sorted by frequency, Matryoshka groups),
+contiguous buckets would lose more than `topk.recall` says. The first stage takes pre-
+activations tile by tile, while they are hot, and keeps the `kept` largest of each
+bucket with their places; the second sorts n_buckets * kept candidates instead of L.
+(Samaga et al. 2025, arXiv 2506.04165; with kept = 1, Chern et al. 2022, arXiv
+2206.14286.)
 
 The first stage also remembers the largest value that it let go of in each bucket. Where
 that is below the K-th value found, nothing was missed: the choice is exact, and known
@@ -53,26 +54,31 @@ def insert(buckets: Buckets, pre_bt: jax.Array, first: jax.Array) -> Buckets:
     return buckets
 
 
-def best(buckets: Buckets, k: int) -> tuple[jax.Array, jax.Array]:
-    """The K largest candidates and their latents, values falling: [B, K]."""
+def best(
+    buckets: Buckets, k: int
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The K largest candidates and their latents, values falling: [B, K].
+
+    And, if buckets know what they let go of, the rows whose K best may not be the K
+    largest, ties by latent: bool [B]. There a value that was let go of reaches the
+    K-th, or two of the first K + 1 are equal: candidates are not in the order of
+    latents, which has to decide between equals.
+    """
     candidates = jnp.concatenate(buckets.values, axis=1)
     latents = jnp.concatenate(buckets.indices, axis=1)
-    values_bk, places_bk = lax.top_k(candidates, k)
-    return values_bk, jnp.take_along_axis(latents, places_bk, axis=1)
-
-
-def is_unproven(buckets: Buckets, k: int) -> jax.Array:
-    """Rows whose K best may not be the K largest, ties by latent: bool [B].
-
-    A value that was let go of reaches the K-th, or two of the first K + 1 are equal:
-    candidates are not in the order of latents, which has to decide between equals.
-    """
-    assert buckets.lost_bn is not None
-    candidates = jnp.concatenate(buckets.values, axis=1)
-    values_bk, _ = lax.top_k(candidates, min(k + 1, candidates.shape[1]))
+    n_first = k if buckets.lost_bn is None else min(k + 1, candidates.shape[1])
+    # XLA would sort all candidates for a `top_k` of which it sees a part being used.
+    first_bk, places_bk = (
+        lax.optimization_barrier(array) for array in lax.top_k(candidates, n_first)
+    )
+    values_bk = first_bk[:, :k]
+    latents_bk = jnp.take_along_axis(latents, places_bk[:, :k], axis=1)
+    if buckets.lost_bn is None:
+        return values_bk, latents_bk, None
     # Not `>=`: a NaN that was let go of proves nothing.
-    is_lost_b = ~(buckets.lost_bn.max(axis=1) < values_bk[:, k - 1])
-    return is_lost_b | (values_bk[:, 1:] == values_bk[:, :-1]).any(axis=1)
+    is_lost_b = ~(buckets.lost_bn.max(axis=1) < values_bk[:, -1])
+    are_equal_b = (first_bk[:, 1:] == first_bk[:, :-1]).any(axis=1)
+    return values_bk, latents_bk, is_lost_b | are_equal_b
 
 
 def _insert(buckets: Buckets, value_bn: jax.Array, latent_bn: jax.Array) -> Buckets:

@@ -121,7 +121,7 @@ def _prove(
     """The buckets' choice; for rows where it may be wrong, that of sorting."""
     n_rows = x_bd.shape[0]
     few = max(1, n_rows // _FEW)
-    code, is_unproven_b = _map_rows(
+    *code, is_unproven_b = _map_rows(
         lambda x: _fill(latents, x, choice), x_bd, choice.tile_rows
     )
     n_resorted = jnp.sum(is_unproven_b, dtype=jnp.int32)
@@ -129,15 +129,16 @@ def _prove(
     def sort_few() -> Code:
         (rows,) = jnp.nonzero(is_unproven_b, size=few, fill_value=n_rows)
         again = _sort(latents, x_bd.at[rows].get(mode="clip"), choice.k)
-        return jax.tree.map(
-            lambda old, new: old.at[rows].set(new, mode="drop"), code, again
+        values_bk, columns_bk = (
+            old.at[rows].set(new, mode="drop") for old, new in zip(code, again)
         )
+        return values_bk, columns_bk
 
     def sort_all() -> Code:
         return _map_rows(lambda x: _sort(latents, x, choice.k), x_bd, choice.tile_rows)
 
     need = (n_resorted > 0).astype(jnp.int32) + (n_resorted > few)
-    return lax.switch(need, (lambda: code, sort_few, sort_all)), n_resorted
+    return lax.switch(need, (lambda: tuple(code), sort_few, sort_all)), n_resorted
 
 
 def _find(
@@ -148,20 +149,18 @@ def _find(
         x_bd, latents.w_ld, latents.bias_l, choice.n_buckets, choice.kept
     )
     if own is None:
-        return _fill(latents, x_bd, choice)[0]
+        return _fill(latents, x_bd, choice)[:2]
     values, columns = own  # levels side by side
-    return bucketed.best(bucketed.Buckets((values,), (columns,), None), choice.k)
+    return bucketed.best(bucketed.Buckets((values,), (columns,), None), choice.k)[:2]
 
 
 def _fill(
     latents: _Latents, x_bd: jax.Array, choice: Choice
-) -> tuple[Code, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The buckets' choice and, for the exact method, where it may be wrong."""
     is_exact = choice.method == "exact"
     buckets = bucketed.start(x_bd, choice.n_buckets, choice.kept, is_exact)
-    buckets = latents.fold(bucketed.insert, x_bd, 0, buckets)
-    is_unproven_b = bucketed.is_unproven(buckets, choice.k) if is_exact else None
-    return bucketed.best(buckets, choice.k), is_unproven_b
+    return bucketed.best(latents.fold(bucketed.insert, x_bd, 0, buckets), choice.k)
 
 
 def _sort(latents: _Latents, x_bd: jax.Array, k: int) -> Code:

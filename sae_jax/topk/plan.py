@@ -99,7 +99,7 @@ def _fewest(
     options = []
     for kept in range(1, _MOST_KEPT + 1):
         n_buckets = _LEAST_BUCKETS
-        while n_own >= _LEAST_BUCKET_SIZE * max(kept, 1) * n_buckets:
+        while n_own >= _LEAST_BUCKET_SIZE * kept * n_buckets:
             if n_buckets * kept >= 2 * k and is_enough(n_buckets, kept):
                 options.append((n_buckets * kept, kept, n_buckets))
                 break
