@@ -2,24 +2,29 @@
 
     python experiments/bench_traffic.py
 
-Read from the HLO of the step, compiled for eight virtual CPU devices and not run; under
-a minute. Each figure is of the results that one device gets in one step, in bytes:
+Read from the HLO of the step, compiled for eight virtual CPU devices and not run; some
+minutes. Each figure is of the results that one device gets in one step, in bytes:
 
-    candidates       of one choice: B S k_in values, gathered
-    reconstructions  B D of each x̂, summed: the SAE's and AuxK's
-    gradients        of the latents that a device has, summed over the data axis
+    candidates       of one choice: B S k_in values if they are gathered
+    reconstructions  B D of each x̂, summed: the SAE's, and AuxK's if all rows are one
+                     of its tiles
+    gradients        of the latents that a device has, summed over the data axis: of the
+                     main loss, and again of AuxK if any latent is dead
     bias gradient    of their biases, likewise
     firing           which of them fired, likewise
     counts           of AuxK, which counts its candidates instead of moving them
-    beside           all else: allowed are four vectors of D and 64 scalars
+    AuxK's           reconstruction, by tiles of rows
+    beside           all else: allowed are eight vectors of D and 64 scalars
 
 `in_loops` are bytes that move as many times as only the device knows, counted once in
 `bytes`: for each tile of rows that AuxK takes, and never where no latent is dead.
-B is a device's rows, S the latent shards, k_in = min(K, L / S).
+B is a device's rows, S the latent shards, k_in = min(K, L / S). Below these, the bytes
+by which shards find the K best of all in each exchange, AuxK being off.
 
 Not measured yet at the default shape.
 """
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -27,6 +32,8 @@ from collections.abc import Iterator
 
 import jax
 from timing import Figures, Shape, compile_step, start
+
+from sae_jax.config.sae import EXCHANGES
 
 MESHES = ((1, 8), (2, 4), (8, 1))
 N_DEVICES = 8
@@ -45,15 +52,15 @@ def measure(shape: Shape, repeats: int) -> Iterator[Figures]:
         allowed = _allow(shape, *mesh_shape)
         names = {array: name for name, (array, n) in allowed.items() if n}
         arrays, moved, in_loops = Counter[str](), Counter[str](), Counter[str]()
-        for array, times in _collectives(compile_step(shape, mesh_shape).as_text()):
-            is_count = array[1] == "s32" and array[2] > 1
-            name = names.get(array, "counts" if is_count else "beside")
+        compiled = compile_step(shape, mesh_shape, aux_coefficient=1 / 32)
+        for array, times in _collectives(compiled.as_text()):
+            name = names.get(array, _name(shape, array, times))
             arrays[name] += times or 1
             moved[name] += (times or 1) * _bytes(array)
             in_loops[name] += 0 if times else _bytes(array)
         most = {name: n * _bytes(array) for name, (array, n) in allowed.items()}
-        most |= {"beside": 4 * (4 * shape.d_model + 64)}
-        for name in (*allowed, "counts", "beside"):
+        most |= {"beside": 4 * (8 * shape.d_model + 64)}
+        for name in (*allowed, "counts", "AuxK's", "beside"):
             yield {
                 "mesh": "x".join(map(str, mesh_shape)),
                 "what": name,
@@ -62,6 +69,36 @@ def measure(shape: Shape, repeats: int) -> Iterator[Figures]:
                 "in_loops": in_loops[name],
                 "allowed": most.get(name),
             }
+    for mesh_shape, exchange in itertools.product(MESHES[:2], EXCHANGES):
+        yield _measure_exchange(shape, mesh_shape, exchange)
+
+
+def _measure_exchange(
+    shape: Shape, mesh_shape: tuple[int, int], exchange: str
+) -> Figures:
+    compiled = compile_step(shape, mesh_shape, exchange=exchange)
+    own = shape.latents // mesh_shape[1]
+    found = [
+        (_bytes(array) * (times or 1), times or 1)
+        for array, times in _collectives(compiled.as_text())
+        # Candidates and counts; which latents fired is s32 too.
+        if array[0] != "all-reduce" or (array[1] == "s32" and array[2] not in (1, own))
+    ]
+    return {
+        "mesh": "x".join(map(str, mesh_shape)),
+        "what": f"by {exchange}",
+        "arrays": sum(times for _, times in found),
+        "bytes": sum(size for size, _ in found),
+        "in_loops": 0,
+        "allowed": None,
+    }
+
+
+def _name(shape: Shape, array: Array, times: int | None) -> str:
+    """Of an array that is in no fixed place."""
+    if array[1] == "s32" and array[2] > 1:
+        return "counts"
+    return "beside" if times or array[2] <= shape.d_model else "AuxK's"
 
 
 def _allow(shape: Shape, n_data: int, n_latent: int) -> dict[str, tuple[Array, int]]:
@@ -73,8 +110,8 @@ def _allow(shape: Shape, n_data: int, n_latent: int) -> dict[str, tuple[Array, i
     return {
         "candidates": (("all-gather", "f32", candidates), over_latents),
         "reconstructions": (("all-reduce", "f32", rows * d_model), 2 * over_latents),
-        "gradients": (("all-reduce", "f32", own * d_model), 2 * over_data),
-        "bias gradient": (("all-reduce", "f32", own), over_data),
+        "gradients": (("all-reduce", "f32", own * d_model), 4 * over_data),
+        "bias gradient": (("all-reduce", "f32", own), 2 * over_data),
         "firing": (("all-reduce", "s32", own), over_data),
     }
 
@@ -115,7 +152,9 @@ def _moved(line: str) -> Iterator[Array]:
 
 
 def _n_together(line: str) -> int:
-    """The devices of one group, listed, counted, or as axes of a mesh."""
+    """The devices of one group, in pairs, listed, counted, or as axes of a mesh."""
+    if "source_target_pairs=" in line:
+        return 2
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return match[1].count(",") + 1
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):

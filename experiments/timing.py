@@ -127,9 +127,11 @@ def make_rows(shape: Shape) -> jax.Array:
     return jnp.asarray(rows_bd, shape.dtype)
 
 
-def compile_step(shape: Shape, mesh_shape: tuple[int, int] = (1, 1)) -> Any:
+def compile_step(
+    shape: Shape, mesh_shape: tuple[int, int] = (1, 1), **sae: Any
+) -> Any:
     """The step's `jax.stages.Compiled`, for a state that is not made."""
-    setup = make_setup(shape, mesh_shape)
+    setup = make_setup(shape, mesh_shape, **sae)
     rows_bd = jax.ShapeDtypeStruct(
         (shape.rows, shape.d_model), shape.dtype, sharding=batch_sharding(setup.mesh)
     )

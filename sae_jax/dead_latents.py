@@ -27,6 +27,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from sae_jax.matmul import matmul
+from sae_jax.topk.merge import share
 from sae_jax.topk.threshold import as_bits, count_reaching, find_largest
 
 _TILE_SIZE = 2**23  # elements of the pre-activations that are held: 32 MiB in float32
@@ -176,7 +177,7 @@ def _choose(
     both_pt = jnp.stack([bits_t + 1, bits_t])
     n_above_t, n_reached_t = count(lambda bits: count_reaching(bits, both_pt), 2)
     n_equal_t = n_reached_t - n_above_t
-    n_kept_t = _share(n_equal_t, k - lax.psum(n_above_t, axis), axis)
+    n_kept_t = share(n_equal_t, k - lax.psum(n_above_t, axis), axis)
     has_too_many = jnp.any((n_equal_t > n_kept_t) & (least_t > 0))
 
     def drop(i: jax.Array, done: tuple) -> tuple:
@@ -190,14 +191,6 @@ def _choose(
     n_passes = jnp.where(has_too_many, dead.n_tiles, 0)
     z_ntl, _ = lax.fori_loop(0, n_passes, drop, (z_ntl, jnp.zeros_like(n_equal_t)))
     return least_t, z_ntl
-
-
-def _share(wanted_t: jax.Array, n_left_t: jax.Array, axis: str) -> jax.Array:
-    """What each shard gets of n_left where the first ones come first."""
-    wanted_st = lax.all_gather(wanted_t, axis)
-    is_before_s = jnp.arange(wanted_st.shape[0]) < lax.axis_index(axis)
-    n_before_t = is_before_s.astype(jnp.int32) @ wanted_st
-    return jnp.clip(n_left_t - n_before_t, 0, wanted_t)
 
 
 def _decode(

@@ -14,6 +14,7 @@ from sae_jax import firing, loader, normalize, optim
 from sae_jax import state as states
 from sae_jax.config import (
     CHOOSE_K,
+    SaeConfig,
     TrainConfig,
     checked,
     k_aux,
@@ -50,6 +51,7 @@ def validate(config: TrainConfig, mesh: Mesh, store: Store) -> Setup:
     if config.sae.architecture == "topk":
         # Refuses a choice that would find too few of the K largest.
         plan_choice(config.sae, mesh, most_chosen(config.sae))
+        _check_exchange(config.sae, mesh)
     if store.rows("train") == 0:
         raise ValueError(
             f"{store.path} has no train rows, only {store.rows('heldout')} held-out "
@@ -132,6 +134,15 @@ def _identify(store: Store) -> str:
     values["subject"] = store.manifest.subject["identity"]
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _check_exchange(config: SaeConfig, mesh: Mesh) -> None:
+    n_shards = mesh.shape[LATENT]
+    if config.exchange == "tree" and n_shards & (n_shards - 1):
+        raise ValueError(
+            f"sae.exchange = 'tree' merges pairs of latent shards, but mesh.{LATENT} = "
+            f"{n_shards} is not a power of two: choose 'count', or another mesh"
+        )
 
 
 def _check_divides(name: str, size: int, mesh: Mesh, axis: str) -> None:

@@ -79,6 +79,16 @@ CASES = {
         "train --config=good.py --workdir=out --cpu_devices=3 --config.mesh.data=3",
         "mesh.data = 3",
     ),
+    "shards that are not two to a power": (
+        "train --config=good.py --workdir=out --cpu_devices=3 --config.sae.n_latents=96"
+        " --config.sae.exchange=tree",
+        "mesh.latent = 3 is not a power of two",
+    ),
+    "micro-batch smaller than the mesh": (
+        "train --config=good.py --workdir=out --cpu_devices=2 --config.mesh.data=2"
+        " --config.data.microbatch_rows=1",
+        "data.microbatch_rows = 1",
+    ),
     "store still being written": (
         "train --config=unfinished.py --workdir=out",
         "unfinished",

@@ -49,6 +49,14 @@ def test_loss_and_gradients_are_the_oracles(x64, mesh_shape, sae):
     check_loss(setup, params, make_rows(), random_dead(12))
 
 
+@pytest.mark.parametrize("mesh_shape", [(1, 8), (2, 4)])
+@pytest.mark.parametrize("exchange", ["tree", "count"])
+@pytest.mark.parametrize("multi_topk", [False, True])
+def test_every_exchange_gives_the_same(x64, mesh_shape, exchange, multi_topk):
+    setup = make_setup(mesh_shape, exchange=exchange, multi_topk=multi_topk)
+    check_loss(setup, make_params(), make_rows(), random_dead(12))
+
+
 @pytest.mark.parametrize("n_dead", [0, 1, K_AUX - 3, L])
 def test_any_number_of_dead_latents(x64, n_dead):
     """None, fewer than k_aux, and all."""

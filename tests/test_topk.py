@@ -1,5 +1,6 @@
 """Choosing K latents, on one device and over latent shards, against the oracle."""
 
+import collections
 import functools
 
 import jax
@@ -7,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from collectives import collectives
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import topk
 from sae_jax.config import MeshConfig
+from sae_jax.config.sae import EXCHANGES
 from sae_jax.mesh import DATA, LATENT, make_mesh
 
 B, L = 16, 32
@@ -53,36 +56,90 @@ def test_choose_takes_no_more_than_there_are():
 @pytest.mark.parametrize("mesh_shape", MESHES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", KS)
-def test_the_choice_over_latent_shards_is_the_oracles(mesh_shape, kind, k):
-    """`rank_global` finds exactly the winners; `merge_codes` lists them in order."""
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_the_choice_over_latent_shards_is_the_oracles(mesh_shape, kind, k, exchange):
+    """`are_best` finds exactly the winners."""
+    mesh, pre_bl = make_mesh(MeshConfig(*mesh_shape)), np.maximum(_pre(kind), 0)
+    ks = (k, 1) if k == L else (k,)
+    for one_k, kept_bl in zip(ks, _find_winners(ks, mesh, exchange)(pre_bl)):
+        want_bl = np.zeros((B, L), bool)
+        np.put_along_axis(want_bl, np.array(oracle.choose(pre_bl, one_k)), True, axis=1)
+        np.testing.assert_array_equal(kept_bl, want_bl)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_a_value_that_is_not_a_number_is_among_the_best(exchange):
+    """So that the loss shows it."""
+    pre_bl = np.abs(_pre("distinct"))
+    pre_bl[3, 5] = np.nan
+    mesh = make_mesh(MeshConfig(1, 8))
+    (kept_bl,) = _find_winners((4,), mesh, exchange)(pre_bl)
+    assert kept_bl[3, 5]
+    np.testing.assert_array_equal(kept_bl.sum(1), 4)
+
+
+@pytest.mark.parametrize(
+    ("exchange", "moved"),
+    [
+        ("gather", {"all-gather": B * 8 * 4}),
+        ("tree", {"collective-permute": 3 * B * 4, "all-gather": 8 * B, "sum": B}),
+        ("count", {"all-gather": 8 * B, "sum": 3 * B + B}),
+    ],
+)
+def test_what_an_exchange_moves(exchange, moved):
+    """`count` sums in a loop, which is written once."""
+    mesh = make_mesh(MeshConfig(1, 8))
+    compiled = _find_winners((4,), mesh, exchange).lower(_pre("distinct")).compile()
+    found = collections.Counter()
+    for kind, size in collectives(compiled):
+        found[kind.replace("all-reduce", "sum")] += size
+    assert found == moved
+
+
+@pytest.mark.parametrize("mesh_shape", MESHES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", KS)
+def test_merged_codes_list_the_oracles_latents_in_order(mesh_shape, kind, k):
     mesh = make_mesh(MeshConfig(*mesh_shape))
-    kept_bl, values_bk, indices_bk = _choose_over_shards(k, mesh)(_pre(kind))
+    values_bk, indices_bk = _merge(k, mesh)(_pre(kind))
     want_bk = np.array(oracle.choose(_pre(kind), k))
-    want_bl = np.zeros((B, L), bool)
-    np.put_along_axis(want_bl, want_bk, True, axis=1)
-    np.testing.assert_array_equal(kept_bl, want_bl)
     np.testing.assert_array_equal(indices_bk, want_bk)
     want_values_bk = np.take_along_axis(_pre(kind), want_bk, 1)
     np.testing.assert_array_equal(values_bk, want_values_bk)
 
 
 @functools.cache
-def _choose_over_shards(k: int, mesh: jax.sharding.Mesh):
+def _find_winners(ks: tuple[int, ...], mesh: jax.sharding.Mesh, exchange: str):
+    """Which latents are kept, bool [B, L] for each K."""
+
+    def on_shard(pre_bl):
+        values_bk, indices_bk = topk.choose(pre_bl, max(ks))
+        rows_b1 = jnp.arange(len(pre_bl))[:, None]
+        nothing_bl = jnp.full_like(pre_bl, 0, dtype=bool)
+        return [
+            nothing_bl.at[rows_b1, indices_bk].set(keep_bk)
+            for keep_bk in topk.are_best(values_bk, ks, LATENT, exchange)
+        ]
+
+    spec = P(DATA, LATENT)
+    return jax.jit(
+        jax.shard_map(on_shard, mesh=mesh, in_specs=spec, out_specs=[spec] * len(ks))
+    )
+
+
+@functools.cache
+def _merge(k: int, mesh: jax.sharding.Mesh):
     n_own = L // mesh.shape[LATENT]
 
     def on_shard(pre_bl):
-        values_bk, indices_bk = topk.choose(pre_bl, k)
-        keep_bk = topk.rank_global(values_bk, k, LATENT) < k
-        rows_b1 = jnp.arange(len(pre_bl))[:, None]
-        kept_bl = jnp.zeros(pre_bl.shape, bool).at[rows_b1, indices_bk].set(keep_bk)
-        return kept_bl, *topk.merge_codes(values_bk, indices_bk, k, n_own, LATENT)
+        return topk.merge_codes(*topk.choose(pre_bl, k), k, n_own, LATENT)
 
     return jax.jit(
         jax.shard_map(
             on_shard,
             mesh=mesh,
             in_specs=P(DATA, LATENT),
-            out_specs=(P(DATA, LATENT), P(DATA), P(DATA)),
+            out_specs=(P(DATA), P(DATA)),
             check_vma=False,
         )
     )

@@ -29,6 +29,7 @@ NORMALIZATIONS = (
     "unit_mean_square",
 )
 SELECTIONS = ("exact", "bucketed", "approx")
+EXCHANGES = ("gather", "tree", "count")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
 PENALISED = tuple(name for name in ARCHITECTURES if name not in CHOOSE_K)
@@ -87,6 +88,12 @@ class SaeConfig:
     capacity_factor: float | None = setting(
         None,
         "a latent shard hands over at most K times this / shards candidates; None: K",
+        only=("topk",),
+    )
+    exchange: str = setting(
+        "gather",
+        "how latent shards find the K best of all; tree and count move less among many",
+        EXCHANGES,
         only=("topk",),
     )
     k_aux: int | None = setting(

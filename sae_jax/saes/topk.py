@@ -125,8 +125,10 @@ class TopKSae(Sae):
         """A shard's own values and columns [B, K], its parts of each x̂, n_resorted."""
         k_most = most_chosen(self.config)
         values_bk, columns_bk, n_resorted = self._choose(rows_bd, own, k_most)
-        ranks_bk = topk.rank_global(values_bk, k_most, LATENT)
-        values_bk = jnp.where(ranks_bk < k_most, nnx.relu(values_bk), 0)
+        values_bk = nnx.relu(values_bk)
+        ks = (k_most, self.k) if self.config.multi_topk else (self.k,)
+        are_best = topk.are_best(values_bk, ks, LATENT, self.config.exchange)
+        values_bk = jnp.where(are_best[0], values_bk, 0)
 
         def decode(values_bk: jax.Array) -> jax.Array:
             return sparse.decode(
@@ -137,7 +139,7 @@ class TopKSae(Sae):
         if self.config.multi_topk:
             parts["recon_4k_bd"] = decode(values_bk)
             # Candidates descend, so the K best of all shards come first in each.
-            values_bk = jnp.where(ranks_bk < self.k, values_bk, 0)[:, : self.k]
+            values_bk = jnp.where(are_best[1], values_bk, 0)[:, : self.k]
             columns_bk = columns_bk[:, : self.k]
         if self.config.prefixes:
             groups_gbk = matryoshka.split(self, values_bk, columns_bk)
