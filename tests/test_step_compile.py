@@ -87,7 +87,8 @@ def test_memory_is_that_of_parameters(compiled):
     assert 8 * own_bytes < told["argument_bytes"] < 8.1 * own_bytes
     # Their gradients, and both rounded to bfloat16.
     beside = told["peak_bytes"] - told["argument_bytes"] - 3 * own_bytes
-    assert beside < MOST_BESIDE_BYTES
+    # And dead latents' pre-activations, of 128 rows, in some steps of their making.
+    assert beside < MOST_BESIDE_BYTES + 6 * 4 * 128 * LATENTS // MESHES[topology][1]
     assert told["peak_bytes"] < HBM_BYTES[topology]
 
 
@@ -107,12 +108,12 @@ def test_traffic_is_what_the_design_allows(compiled):
     assert collections.Counter(moved) >= collections.Counter(allowed), moved
     beside = list(beside.elements())
     # A tile of rows at a time, AuxK counts, at most once for a row and shard, and adds
-    # up its x̂: for few dead latents and for many.
+    # up its x̂.
     auxks = [array for array in beside if array.is_inside]
     counts = [array.elements for array in auxks if array.dtype == "s32"]
-    sums = [array.elements for array in auxks if array.elements > WIDTH]
+    sums = [array.elements for array in auxks if array.dtype == "f32"]
     assert 0 < max(counts) <= ROWS * n_latent // 8
-    assert len(set(sums) - set(counts)) == 2 and max(sums) <= ROWS * WIDTH // 8
+    assert WIDTH < max(sums) <= ROWS * WIDTH // 8
     small = [array.elements for array in beside if array not in auxks]
     assert sum(small) <= MOST_SMALL, beside
 

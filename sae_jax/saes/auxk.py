@@ -100,16 +100,17 @@ def _on_shards(sae: Sae) -> Callable[..., Any]:
             )
             return added._replace(shift_d=lax.psum(added.shift_d, LATENT)), total
 
-        def add_over_data() -> tuple[Gradients, jax.Array]:
+        def add_over_data(_: Any, done: tuple) -> tuple[Gradients, jax.Array]:
             is_first = lax.axis_index(DATA) == 0
-            once = jax.tree.map(lambda g: jnp.where(is_first, g, 0), gradients)
+            once = jax.tree.map(lambda g: jnp.where(is_first, g, 0), done[0])
             return lax.psum(add(once), DATA)
 
         if sae.mesh.shape[DATA] == 1:
             return add(gradients)
-        # Gradients are not moved for nothing.
+        # Once, or not at all: gradients are not moved for nothing. A loop, unlike
+        # `lax.cond`, works in place.
         nothing = gradients, jnp.zeros_like(residual_bd, shape=())
-        return lax.cond(scale > 0, add_over_data, lambda: nothing)
+        return lax.fori_loop(0, (scale > 0).astype(jnp.int32), add_over_data, nothing)
 
     placed: Any = Gradients(*map(param_spec, Gradients._fields))  # type: ignore
     in_specs = ROWS, ROWS, LATENTS, P(), placed
