@@ -8,7 +8,22 @@ two layouts. "sort" is what there is without a plan: the same matmul, for some r
 time, and `lax.top_k` of all L; its choice is the one that recall is measured against.
 `again` counts the rows that the exact method had to choose for twice.
 
-Not measured yet at the default shape.
+`over_matmul` on 2 CPU cores, where `approx` is exact too (Python 3.11, jax 0.10.2,
+width 768, medians of 3 rounds, about 8 minutes), and the recall of `bucketed`:
+
+| latents | K | sort | exact | again | bucketed | recall | expected | approx |
+|---|---|---|---|---|---|---|---|---|
+| 16,384 | 32 | 1.23 | 1.17 | 0 | 0.97 | 99.24 % | 99.17 % | 1.20 |
+| 16,384 | 64 | 1.26 | 1.15 | 0 | 0.98 | 99.70 % | 99.65 % | 1.26 |
+| 16,384 | 128 | 1.40 | 1.46 | 4 | 1.13 | 99.62 % | 99.61 % | 1.50 |
+| 65,536 | 32 | 1.17 | 1.09 | 0 | 1.02 | 99.22 % | 99.16 % | 1.71 |
+| 65,536 | 64 | 1.19 | 1.30 | 1 | 1.04 | 99.67 % | 99.64 % | 1.71 |
+| 65,536 | 128 | 1.24 | 1.22 | 7 | 1.00 | 99.58 % | 99.59 % | 1.73 |
+| 262,144 | 32 | 1.10 | 1.03 | 0 | 0.94 | 99.12 % | 99.16 % | 3.44 |
+| 262,144 | 64 | 1.12 | 1.15 | 0 | 0.99 | 99.62 % | 99.64 % | 3.63 |
+| 262,144 | 128 | 1.24 | 1.36 | 7 | 1.08 | 99.55 % | 99.59 % | 3.82 |
+
+Of so few rows, `exact` gains over `sort` at K = 32 only.
 """
 
 from collections.abc import Callable, Iterator
