@@ -18,10 +18,10 @@ are those of a float64 oracle (`tests/`), so we take it to be the regime: Adam m
 what only AuxK trains by the full rate, whatever AuxK's weight, and here values are of
 the size of 0.1. Dead latents that together overshoot the residual would be pushed down
 until they are below zero on every row, where AuxK's ReLU, which is the paper's, leaves
-them without a gradient. Without that ReLU (three lines in `saes/auxk.py`, tried once at
-0.005, on 65,536 rows) 4 % were dead instead of 31 %, at an nmse of 0.371 instead of
-0.348. The paper's rates are some fifty times lower and its runs longer; the quickstart,
-at 0.003 with K = 32, ends without a dead latent.
+them without a gradient. Without that ReLU (then three lines in `saes/auxk.py`, tried
+once at 0.005, on 65,536 rows) 4 % were dead instead of 31 %, at an nmse of 0.371
+instead of 0.348. The paper's rates are some fifty times lower and its runs longer; the
+quickstart, at 0.003 with K = 32, ends without a dead latent.
 """
 
 import itertools
