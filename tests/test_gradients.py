@@ -48,6 +48,13 @@ def _differentiate(setup, params, rows_bd, n_dead=12):
     return run(params, (rows_bd, rows_bd), make_counters(random_dead(n_dead)))
 
 
+def _in_parts(setup, microbatch_rows):
+    data = dataclasses.replace(setup.config.data, microbatch_rows=microbatch_rows)
+    return dataclasses.replace(
+        setup, config=dataclasses.replace(setup.config, data=data)
+    )
+
+
 @pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 4)])
 @pytest.mark.parametrize("case", CASES)
 def test_micro_batches_give_the_gradients_of_the_whole_batch(x64, mesh_shape, case):
@@ -55,10 +62,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(x64, mesh_shape, ca
     params = place(setup, make_rival_params(setup.config.sae.architecture))
     want, want_outcome = _differentiate(setup, params, make_rows())
     for rows in (4, 8):
-        data = dataclasses.replace(setup.config.data, microbatch_rows=rows)
-        config = dataclasses.replace(setup.config, data=data)
-        parts = dataclasses.replace(setup, config=config)
-        found, outcome = _differentiate(parts, params, make_rows())
+        found, outcome = _differentiate(_in_parts(setup, rows), params, make_rows())
         check_gradients(found, {n: np.asarray(g) for n, g in want.items()}, rtol=1e-12)
         np.testing.assert_array_equal(outcome.fired_l, want_outcome.fired_l)
         assert outcome.metrics.keys() == want_outcome.metrics.keys()
@@ -66,6 +70,19 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(x64, mesh_shape, ca
             np.testing.assert_allclose(
                 outcome.metrics[name], value, rtol=1e-12, err_msg=name
             )
+
+
+def test_counts_of_micro_batches_are_added_up():
+    """Of rows that are chosen for again: all are, as their values are equal."""
+    n = 2048  # latents: so many that the exact choice has buckets
+    setup = _in_parts(make_setup((2, 1), n_latents=n, aux_coefficient=0.0), 4)
+    params = make_params(n_latents=n) | {"w_enc_ld": np.zeros((n, D))}
+    params["b_enc_l"] = np.ones(n)
+    rows_bd, counters = np.float32(make_rows()), make_counters(random_dead(0, n))
+    _, outcome = jax.jit(functools.partial(differentiate, setup))(
+        place(setup, params, np.float32), (rows_bd, rows_bd), counters
+    )
+    assert outcome.metrics["n_resorted"] == B
 
 
 def test_a_micro_batch_bounds_what_is_held():

@@ -1,5 +1,6 @@
 """Training runs: resume is exact, faults stop the run with a clear line."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -98,12 +99,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert _metrics(tmp_path / "run") == _metrics(workdir)
 
 
-def test_a_run_goes_on_on_another_mesh(undisturbed, planted_store, tmp_path):
+def test_a_run_goes_on_on_another_mesh_in_micro_batches(
+    undisturbed, planted_store, tmp_path
+):
     workdir, _ = undisturbed
     config = synthetic.make_config(planted_store, mesh=ONE)
     with pytest.raises(Killed):
         loop.train(config, tmp_path / "run", KillAt(17))
-    config = synthetic.make_config(planted_store, mesh=MeshConfig(2, 4))
+    data = dataclasses.replace(config.data, microbatch_rows=16)
+    config = dataclasses.replace(config, mesh=MeshConfig(2, 4), data=data)
     loop.train(config, tmp_path / "run")
     for name in ("loss", "nmse"):
         np.testing.assert_allclose(

@@ -69,7 +69,7 @@ def test_the_choice_over_latent_shards_is_the_oracles(mesh_shape, kind, k, excha
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_a_value_that_is_not_a_number_is_among_the_best(exchange):
-    """So that the loss shows it."""
+    """With the sign that the encoder gives it, so that the loss shows it."""
     pre_bl = np.abs(_pre("distinct"))
     pre_bl[3, 5] = np.nan
     mesh = make_mesh(MeshConfig(1, 8))

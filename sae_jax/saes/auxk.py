@@ -65,7 +65,7 @@ def add_gradients(
     """
     power = jnp.sum(jnp.square(residual_bd - residual_bd.mean(0)))
     rounding = jnp.square(jnp.finfo(residual_bd.dtype).eps) / counters.loss_scale
-    is_residual = jnp.isfinite(power) & (power > residual_bd.size * rounding)
+    is_residual = power > residual_bd.size * rounding  # nor is a NaN
     is_defined = jnp.any(counters.is_dead_l) & is_residual
     power = jnp.where(is_defined, power, 1)
     scale = jnp.where(is_defined, sae.config.aux_coefficient / power, 0)
