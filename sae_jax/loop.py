@@ -32,8 +32,10 @@ from sae_jax.saes.topk import plan_choice
 from sae_jax.state import Setup, TrainState
 from sae_jax.step import Metrics, make_step, validate
 from sae_jax.store import Store, open_store
+from sae_jax.topk import Choice
 from sae_jax.writers import JsonLinesWriter, TensorBoardWriter, Writer, Writers
 
+_MICROBATCH = "data.microbatch_rows"
 _SAMPLE_ROWS = 8192  # enough for the median and the variance of a site
 
 # A resumed run may change these; any other difference would make it another run. More
@@ -44,7 +46,8 @@ _MAY_CHANGE = (
     "log_every_steps",
     "checkpoint",
     "data.store",
-    "data.microbatch_rows",
+    _MICROBATCH,
+    "sae.exchange",
 )
 
 
@@ -253,16 +256,26 @@ def _describe(config: TrainConfig, setup: Setup, start: int) -> str:
     )
     if config.sae.architecture == "topk":
         k = configs.most_chosen(config.sae)
-        recall = plan_choice(config.sae, setup.mesh, k).recall
-        first += f", {recall:.2%} of the {k} largest expected"
+        choice = plan_choice(config.sae, setup.mesh, k)
+        first += f", {choice.recall:.2%} of the {k} largest expected {_tell(choice)}"
+    in_data = [f"data.{name}" for name in vars(config.data)]
     told = (
-        *_MAY_CHANGE,
-        "data.",
+        *(name for name in _MAY_CHANGE if name not in ("sae.exchange", _MICROBATCH)),
+        *(f"{name} =" for name in in_data if name != _MICROBATCH),
         *(f"sae.{name} =" for name in ("architecture", "n_latents", *sparsity)),
     )
     changed = [f"{name} = {value!r}" for name, value in configs.changed(config).items()]
     further = ", ".join(text for text in changed if not text.startswith(told))
     return f"train: {first}" + (f"\ntrain: {further}" if further else "")
+
+
+def _tell(choice: Choice) -> str:
+    """How K are chosen; where buckets do not pay, a choice by buckets is exact."""
+    if choice.n_buckets:
+        return f"by {choice.n_buckets} buckets of a latent shard"
+    if choice.method == "approx":
+        return "by approx_max_k"
+    return "by sorting"
 
 
 def _open_store(config: TrainConfig) -> Store:

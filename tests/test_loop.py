@@ -64,15 +64,16 @@ def test_a_run_tells_what_it_is_and_what_else_is_set(planted_store, tmp_path, ca
     sae = SaeConfig(n_latents=128, k=3, prefixes=(32, 128), aux_coefficient=0)
     annealing = dict(k_start=4, k_anneal_rows=64)
     config = synthetic.make_config(planted_store, **start, **annealing, sae=sae)
+    config.data.microbatch_rows = 32
     loop.train(config, tmp_path)
     first, further = capsys.readouterr().err.splitlines()[:2]
     assert first.startswith("train: topk, 128 latents, k 3, resid_post.3 of ")
     assert "from step 0 to 1 of 64 rows each" in first
-    assert first.endswith("100.00% of the 3 largest expected")
+    assert first.endswith("100.00% of the 3 largest expected by sorting")
     assert further == (
         "train: sae.aux_coefficient = 0.0, sae.prefixes = (32, 128), "
-        "optimizer.learning_rate = 0.003, dead_after_rows = 1000000, k_start = 4, "
-        "k_anneal_rows = 64"
+        "optimizer.learning_rate = 0.003, data.microbatch_rows = 32, "
+        "dead_after_rows = 1000000, k_start = 4, k_anneal_rows = 64"
     )
 
 

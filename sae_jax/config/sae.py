@@ -70,7 +70,11 @@ class SaeConfig:
         32, "latents chosen of a row, of batch_topk on average; the others ignore it"
     )
     selection: str = setting(
-        "exact", "how K latents are chosen", SELECTIONS, only=("topk",)
+        "exact",
+        "how K latents are chosen; bucketed is exact where buckets do not pay, approx "
+        "on all but TPUs",
+        SELECTIONS,
+        only=("topk",),
     )
     recall_target: float = setting(
         0.99,
@@ -92,7 +96,8 @@ class SaeConfig:
     )
     exchange: str = setting(
         "gather",
-        "how latent shards find the K best of all; tree and count move less among many",
+        "how latent shards find the K best of all; tree, for a power of two of them, "
+        "and count move less among many",
         EXCHANGES,
         only=("topk",),
     )

@@ -60,8 +60,8 @@ class DataConfig:
     batch_rows: int = setting(2048, "rows of one step")
     microbatch_rows: int | None = setting(
         None,
-        "rows whose gradients are computed at a time, for batches that do not fit; "
-        "None: all of a batch",
+        "rows whose gradients are computed at a time, for batches that do not fit: a "
+        "divisor of batch_rows, and not with batch_topk or target_l0; None: all",
     )
     lanes: int = setting(8, "streams of rows that a batch is woven from")
     window_chunks: int = setting(8, "chunks of the store that a stream mixes at a time")

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sae_jax.topk import exact
+
 
 class Buckets(NamedTuple):
     """The first stage's candidates: level 0 has the largest of each bucket [B, n]."""
@@ -66,11 +68,8 @@ def best(
     """
     candidates = jnp.concatenate(buckets.values, axis=1)
     latents = jnp.concatenate(buckets.indices, axis=1)
-    n_first = k if buckets.lost_bn is None else min(k + 1, candidates.shape[1])
-    # XLA would sort all candidates for a `top_k` of which it sees a part being used.
-    first_bk, places_bk = (
-        lax.optimization_barrier(array) for array in lax.top_k(candidates, n_first)
-    )
+    n_first = k if buckets.lost_bn is None else k + 1
+    first_bk, places_bk = exact.choose(candidates, n_first)
     values_bk = first_bk[:, :k]
     latents_bk = jnp.take_along_axis(latents, places_bk[:, :k], axis=1)
     if buckets.lost_bn is None:

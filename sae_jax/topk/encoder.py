@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from sae_jax import sparse
 from sae_jax.kernels import Kernels
 from sae_jax.matmul import matmul
-from sae_jax.topk import bucketed
+from sae_jax.topk import bucketed, exact
 from sae_jax.topk.plan import Choice
 
 _FEW = 64  # at most 1 / this of the rows are chosen for again by themselves
@@ -167,15 +167,15 @@ def _sort(latents: _Latents, x_bd: jax.Array, k: int) -> Code:
     """The choice by `top_k` in every tile; ties go to the lowest latent."""
 
     def merge(best: Code, pre_bt: jax.Array, first: jax.Array) -> Code:
-        values_bk, columns_bk = lax.top_k(pre_bt, k)
+        values_bk, columns_bk = exact.choose(pre_bt, k)
         # Those of earlier tiles come first: `top_k` prefers the earlier of equals.
         values = jnp.concatenate([best[0], values_bk], axis=1)
         columns = jnp.concatenate([best[1], columns_bk + first], axis=1)
-        values_bk, places_bk = lax.top_k(values, k)
+        values_bk, places_bk = exact.choose(values, k)
         return values_bk, jnp.take_along_axis(columns, places_bk, axis=1)
 
     first, _ = latents.project(x_bd, jnp.int32(0))
-    return latents.fold(merge, x_bd, 1, tuple(lax.top_k(first, k)))
+    return latents.fold(merge, x_bd, 1, exact.choose(first, k))
 
 
 def _approximate(latents: _Latents, x_bd: jax.Array, choice: Choice) -> Code:

@@ -6,7 +6,7 @@ matter. Which of them win is found by one of three exchanges (`sae.exchange`):
     gather   all values to all shards: B S k_in of them, in one go
     tree     pairs of shards merge their best K, then pairs of pairs: B K log2 S
     count    the K-th largest by counting (`topk.threshold`): 3 B numbers for each of 16
-             sums, however many shards there are
+             sums
 
 The last two tell the K-th largest value, and then B S numbers say how many of those
 equal to it each shard has. In all three the lowest latent wins among equal values, and

@@ -77,7 +77,18 @@ def plan(
     elif platform == "tpu" and handed_over >= recall_target:
         # Elsewhere `approx` is exact. Both losses together may reach the target.
         asked, recall = recall_target / handed_over, recall_target
-    _check_recall(recall, recall_target, method, capacity_factor)
+    if capacity_factor is not None and recall < recall_target:
+        least = next(
+            kept
+            for kept in range(1, k + 1)
+            if bucketed_recall(n_latents, k, n_shards, kept) >= recall_target
+        )
+        raise ValueError(
+            f"the expected recall of sae.selection = {method!r} with "
+            f"sae.capacity_factor = {capacity_factor} on {n_shards} latent shards is "
+            f"{recall:.4f}, below sae.recall_target = {recall_target}: raise the "
+            f"factor to {least * n_shards / k:.4g} or more, or lower the target"
+        )
     tile_rows, tile_latents = _CPU_TILE if platform == "cpu" else _LARGE_TILE
     return Choice(
         method=method,
@@ -114,15 +125,3 @@ def _fit(tile: int, k: int, n_own: int, unit: int) -> int:
     """About `tile` latents, K at least, in equal tiles that are a multiple of unit."""
     size = max(k, -(-n_own // -(-n_own // tile)))
     return min(-(-size // unit) * unit, n_own // unit * unit)
-
-
-def _check_recall(
-    recall: float, target: float, method: str, capacity_factor: float | None
-) -> None:
-    # An approximate method without a capacity is planned to reach its target.
-    if capacity_factor is not None and recall < target:
-        raise ValueError(
-            f"the expected recall of sae.selection = {method!r} with "
-            f"sae.capacity_factor = {capacity_factor} is {recall:.4f}, below "
-            f"sae.recall_target = {target}: raise the factor or lower the target"
-        )
