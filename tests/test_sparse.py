@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from compare import QUICK_TO_COMPILE
 from jax import lax
+from jax.sharding import AbstractDevice, AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import kernels, sparse
@@ -173,10 +174,13 @@ def test_with_kernels_for_a_gpu_no_float_is_added_in_any_order():
     shapes = (16, 8), (16, 8), (16, 128), (64, 128)
     case = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     case[1] = case[1].update(dtype=jnp.int32)
+    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="cuda")
+    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
     scatters = []
     for own in (None, kernels.find("gpu")):
-        traced = jax.jit(differentiate, static_argnums=0).trace(own, *case)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        with jax.sharding.use_abstract_mesh(mesh):
+            traced = jax.jit(differentiate, static_argnums=0).trace(own, *case)
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
         scatters.append(text.count('"stablehlo.scatter"('))
     # Of plain JAX, two sums of weights and one of a bias, and products put in place.
     assert scatters == [4, 0]
