@@ -168,6 +168,16 @@ def test_a_recall_below_the_target_is_refused_with_both_numbers(method):
     topk.plan(64, 2**17, 8, method, recall - 1e-3, 1.25)
 
 
+@pytest.mark.parametrize(("k", "n_shards"), [(32, 7), (30, 11), (64, 48), (5, 3)])
+@pytest.mark.parametrize("target", [0.9, 0.999, 1.0])
+def test_the_capacity_that_a_refusal_names_is_enough(k, n_shards, target):
+    n_latents = n_shards * 2048
+    with pytest.raises(ValueError, match="raise the factor to") as caught:
+        topk.plan(k, n_latents, n_shards, "exact", target, n_shards / k)
+    least = float(re.search("to ([0-9.]+) or more", str(caught.value))[1])
+    topk.plan(k, n_latents, n_shards, "exact", target, least)
+
+
 @pytest.mark.parametrize("method", ["exact", "bucketed", "approx"])
 def test_a_capacity_of_no_candidate_is_refused(method):
     with pytest.raises(ValueError, match=r"8 \* 0.5 gives none of the 8 latent shards"):

@@ -12,6 +12,7 @@ all shards find, times the share that the shards can hand over.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 from sae_jax.topk.recall import bucketed_recall, crowded_rows, shard_capacity
@@ -78,16 +79,12 @@ def plan(
         # Elsewhere `approx` is exact. Both losses together may reach the target.
         asked, recall = recall_target / handed_over, recall_target
     if capacity_factor is not None and recall < recall_target:
-        least = next(
-            kept
-            for kept in range(1, k + 1)
-            if bucketed_recall(n_latents, k, n_shards, kept) >= recall_target
-        )
+        least = _least_factor(k, n_latents, n_shards, recall_target)
         raise ValueError(
             f"the expected recall of sae.selection = {method!r} with "
             f"sae.capacity_factor = {capacity_factor} on {n_shards} latent shards is "
             f"{recall:.4f}, below sae.recall_target = {recall_target}: raise the "
-            f"factor to {least * n_shards / k:.4g} or more, or lower the target"
+            f"factor to {least:g} or more, or lower the target"
         )
     tile_rows, tile_latents = _CPU_TILE if platform == "cpu" else _LARGE_TILE
     return Choice(
@@ -101,6 +98,14 @@ def plan(
         recall_target=asked,
         recall=recall,
     )
+
+
+def _least_factor(k: int, n_latents: int, n_shards: int, target: float) -> float:
+    """The capacity factor, rounded up, from which the shards hand over enough."""
+    for kept in range(1, k):
+        if bucketed_recall(n_latents, k, n_shards, kept) >= target:
+            return math.ceil(1000 * kept * n_shards / k) / 1000
+    return n_shards
 
 
 def _fewest(
