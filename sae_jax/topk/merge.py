@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sae_jax.topk import exact
 from sae_jax.topk.threshold import as_bits, count_reaching, find_largest
 
 
@@ -71,7 +72,7 @@ def merge_codes(
     global_bk = indices_bk + lax.axis_index(axis) * latents_per_shard
     all_values = lax.all_gather(values_bk, axis, axis=1, tiled=True)
     all_indices = lax.all_gather(global_bk, axis, axis=1, tiled=True)
-    best_bk, positions_bk = lax.top_k(all_values, min(k, all_values.shape[1]))
+    best_bk, positions_bk = exact.choose(all_values, k)
     return best_bk, jnp.take_along_axis(all_indices, positions_bk, axis=1)
 
 
@@ -82,8 +83,7 @@ def _rank(values_bk: jax.Array, k: int, axis: str) -> jax.Array:
     """
     n_rows, k_in = values_bk.shape
     gathered = lax.all_gather(values_bk, axis, axis=1, tiled=True)
-    k_all = min(k, gathered.shape[1])
-    _, winners_bk = lax.top_k(gathered, k_all)
+    _, winners_bk = exact.choose(gathered, k)
     own_bk = winners_bk - lax.axis_index(axis) * k_in
     is_own_bk = (own_bk >= 0) & (own_bk < k_in)
     rows_b1 = jnp.arange(n_rows)[:, None]
@@ -91,7 +91,7 @@ def _rank(values_bk: jax.Array, k: int, axis: str) -> jax.Array:
     return (
         jnp.full((n_rows, k_in), k, jnp.int32)
         .at[rows_b1, jnp.where(is_own_bk, own_bk, k_in)]
-        .set(jnp.arange(k_all, dtype=jnp.int32), mode="drop")
+        .set(jnp.arange(winners_bk.shape[1], dtype=jnp.int32), mode="drop")
     )
 
 
@@ -102,7 +102,7 @@ def _merge_pairs(bits_bk: jax.Array, k: int, axis: str) -> jax.Array:
         pairs = [(shard, shard ^ distance) for shard in range(n_shards)]
         others_bk = lax.ppermute(bits_bk, axis, pairs)
         both_bk = jnp.concatenate([bits_bk, others_bk], axis=1)
-        bits_bk, _ = lax.top_k(both_bk, min(k, both_bk.shape[1]))
+        bits_bk, _ = exact.choose(both_bk, k)
         distance *= 2
     return bits_bk
 
