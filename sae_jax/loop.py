@@ -35,7 +35,6 @@ from sae_jax.store import Store, open_store
 from sae_jax.topk import Choice
 from sae_jax.writers import JsonLinesWriter, TensorBoardWriter, Writer, Writers
 
-_MICROBATCH = "data.microbatch_rows"
 _SAMPLE_ROWS = 8192  # enough for the median and the variance of a site
 
 # A resumed run may change these; any other difference would make it another run. More
@@ -46,8 +45,20 @@ _MAY_CHANGE = (
     "log_every_steps",
     "checkpoint",
     "data.store",
-    _MICROBATCH,
+    "data.microbatch_rows",
     "sae.exchange",
+)
+# Of what is set, a run's header has these already, or they are of no consequence.
+_NOT_TOLD = (
+    "mesh.",
+    "rows",
+    "log_every_steps",
+    "checkpoint",
+    "data.store",
+    "data.site",
+    "data.batch_rows",
+    "data.lanes",
+    "data.window_chunks",
 )
 
 
@@ -258,10 +269,8 @@ def _describe(config: TrainConfig, setup: Setup, start: int) -> str:
         k = configs.most_chosen(config.sae)
         choice = plan_choice(config.sae, setup.mesh, k)
         first += f", {choice.recall:.2%} of the {k} largest expected {_tell(choice)}"
-    in_data = [f"data.{name}" for name in vars(config.data)]
     told = (
-        *(name for name in _MAY_CHANGE if name not in ("sae.exchange", _MICROBATCH)),
-        *(f"{name} =" for name in in_data if name != _MICROBATCH),
+        *_NOT_TOLD,
         *(f"sae.{name} =" for name in ("architecture", "n_latents", *sparsity)),
     )
     changed = [f"{name} = {value!r}" for name, value in configs.changed(config).items()]
