@@ -4,10 +4,9 @@
     z = ReLU(the k_aux largest pre-activations of dead latents)
     AuxK = |e - z W_dec|^2 / |e - mean e|^2
 
-Its denominator is measured on every batch, for the residual shrinks during training;
-b_dec is not added, as e no longer contains it.
-The mean and both sums are over the whole batch. Where no latent is dead, or where e
-does not vary by more than the rounding of x, AuxK is exactly 0 and trains nothing.
+The mean and both sums are over the whole batch: the residual shrinks during training.
+b_dec is not added, as e no longer contains it. Where no latent is dead, or where e does
+not vary by more than the rounding of x, AuxK is exactly 0 and trains nothing.
 
 Live latents are left out altogether, so that no place is lost to them. A dead latent
 that is chosen with a negative pre-activation adds nothing and learns nothing, as in the
@@ -65,7 +64,7 @@ def add_gradients(
     """
     power = jnp.sum(jnp.square(residual_bd - residual_bd.mean(0)))
     rounding = jnp.square(jnp.finfo(residual_bd.dtype).eps) / counters.loss_scale
-    is_residual = power > residual_bd.size * rounding  # nor is a NaN
+    is_residual = power > residual_bd.size * rounding  # False of a NaN
     is_defined = jnp.any(counters.is_dead_l) & is_residual
     power = jnp.where(is_defined, power, 1)
     scale = jnp.where(is_defined, sae.config.aux_coefficient / power, 0)

@@ -87,11 +87,12 @@ class Sae(nnx.Module):
     def loss(
         self, batch: Batch, counters: Counters
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """The training loss of one batch of rows in activation space.
+        """The training loss, but AuxK, of one batch of rows in activation space.
 
         Returns:
             The loss, and {"metrics": scalars by name, "fired_l": bool [L],
-            "assigned": parameters that the step sets without a gradient}.
+            "assigned": parameters that the step sets without a gradient}; where there
+            is AuxK (`sae_jax.gradients` adds it) also "residual_bd", what it explains.
         """
 
     @property
