@@ -11,9 +11,9 @@ from pathlib import Path
 
 from sae_jax.config import DataConfig, OptimizerConfig, SaeConfig, TrainConfig
 from sae_jax.evals import format_table
+from sae_jax.evaluation import REPORT_FILE, evaluate_run
 from sae_jax.harvest import harvest
 from sae_jax.loop import train
-from sae_jax.report import REPORT_FILE, evaluate_run
 from sae_jax.subjects import load_subject
 from sae_jax.text import read_standard_library
 

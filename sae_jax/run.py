@@ -33,14 +33,9 @@ def load(path: str | Path, mesh: Mesh | None = None, weights: str = "ema") -> Sa
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights = {weights!r}: {nearest_name(weights, WEIGHTS)}")
-    workdir, step = _find(Path(path))
+    workdir, step = locate(path)
     checkpoints = Checkpoints(workdir, is_read_only=True)
     try:
-        step = checkpoints.latest_step if step is None else step
-        if step is None:
-            raise FileNotFoundError(
-                f"{workdir}: no whole checkpoint yet; the run has not saved its first"
-            )
         setup = checkpoints.meta(step).setup(mesh or meshes.single_device_mesh())
         params = checkpoints.restore_params(step, setup, weights)
     finally:
@@ -48,13 +43,29 @@ def load(path: str | Path, mesh: Mesh | None = None, weights: str = "ema") -> Sa
     return jax.jit(setup.sae)(params)
 
 
-def read_step(workdir: str | Path) -> int | None:
-    """The number of steps that the last whole checkpoint of a run folder has done."""
-    checkpoints = Checkpoints(workdir, is_read_only=True)
+def locate(path: str | Path) -> tuple[Path, int]:
+    """The run folder and the steps that the checkpoint at `path` has done.
+
+    Of a run folder, this is its last whole checkpoint. FileNotFoundError for neither.
+    """
+    path = Path(path)
+    if path.parent.name == FOLDER and path.name.isdigit() and path.is_dir():
+        return path.parent.parent, int(path.name)
+    if not (path / FOLDER).is_dir():
+        raise FileNotFoundError(
+            f"{path}: neither a run folder (no {FOLDER}/ in it) nor one of its "
+            "checkpoints"
+        )
+    checkpoints = Checkpoints(path, is_read_only=True)
     try:
-        return checkpoints.latest_step
+        step = checkpoints.latest_step
     finally:
         checkpoints.close()
+    if step is None:
+        raise FileNotFoundError(
+            f"{path}: no whole checkpoint yet; the run has not saved its first"
+        )
+    return path, step
 
 
 def read_config(workdir: str | Path) -> TrainConfig:
@@ -63,14 +74,3 @@ def read_config(workdir: str | Path) -> TrainConfig:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: is {workdir} a run folder?")
     return configs.from_json(TrainConfig, path.read_text(encoding="utf-8"), path)
-
-
-def _find(path: Path) -> tuple[Path, int | None]:
-    """The run folder and, when `path` is one of its checkpoints, the step."""
-    if path.parent.name == FOLDER and path.name.isdigit() and path.is_dir():
-        return path.parent.parent, int(path.name)
-    if (path / FOLDER).is_dir():
-        return path, None
-    raise FileNotFoundError(
-        f"{path}: neither a run folder (no {FOLDER}/ in it) nor one of its checkpoints"
-    )

@@ -72,6 +72,9 @@ def test_reconstruction_and_density_are_those_of_numpy(subject, store, kind):
             / np.linalg.norm(x, axis=1)
             / np.linalg.norm(x_hat, axis=1)
         ).mean(),
+        "explained_variance": np.mean(
+            1 - ((x_hat - x) ** 2).sum(0) / ((x - x.mean(0)) ** 2).sum(0)
+        ),
         "shrinkage": (centred_hat**2).sum() / (centred_hat * (normed - mean)).sum(),
         "l0": counts_l.sum() / len(x),
         "l0_cut": 0,
@@ -83,9 +86,9 @@ def test_reconstruction_and_density_are_those_of_numpy(subject, store, kind):
     for name, value in want.items():
         assert values[name] == pytest.approx(value, rel=2e-5), name
     assert want["n_dead"] >= 2
-    histogram = results["metrics"]["density"]["histogram"]
+    histogram = results["metrics"]["density"]["densities"]
     counted, _ = np.histogram(
-        np.log10(counts_l[counts_l > 0] / len(x)), histogram["log10_edges"]
+        np.log10(counts_l[counts_l > 0] / len(x)), histogram["edges"]
     )
     assert histogram["counts"] == counted.tolist()
     assert sum(counted) == L - want["n_dead"]
@@ -116,6 +119,23 @@ def test_a_mean_far_from_zero_cancels_nothing(subject, store):
     _, x_hat = planted.encode(params, x)
     want = ((x_hat - x) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
     assert _values(results)["nmse_raw"] == pytest.approx(want, rel=1e-4)
+
+
+def test_averaging_compares_both_weights_over_the_same_rows(subject, store):
+    averaged, last = planted.random_params(), planted.random_params()
+    last["b_dec_d"] = last["b_dec_d"] + 0.2
+    saes = [planted.make_sae(params) for params in (averaged, last)]
+    apart = [
+        _values(evaluate(sae, subject, store, ("reconstruction",), config=SMALL))
+        for sae in saes
+    ]
+    values = _values(
+        evaluate(saes[0], subject, store, ("averaging",), config=SMALL, raw=saes[1])
+    )
+    assert values["nmse_raw_average"] == pytest.approx(apart[0]["nmse_raw"])
+    assert values["nmse_raw_last"] == pytest.approx(apart[1]["nmse_raw"])
+    gain = apart[1]["nmse_raw"] - apart[0]["nmse_raw"]
+    assert values["averaging_gain"] == pytest.approx(gain) and abs(gain) > 0.001
 
 
 def test_downstream_is_that_of_numpy(subject, store):
@@ -191,7 +211,7 @@ def test_sharded_equals_one_device(subject, store):
     one, eight = (_values(results[shape]) for shape in (None, (2, 4)))
     for name, value in one.items():
         assert eight[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-    histograms = [r["metrics"]["density"]["histogram"] for r in results.values()]
+    histograms = [r["metrics"]["density"]["densities"] for r in results.values()]
     assert histograms[0] == histograms[1]
 
 

@@ -37,7 +37,7 @@ FLOORS = (
     ("gradients", "checkpoint", "resample"),
     ("step",),
     ("run", "loop", "evals", "plan"),
-    ("viewer", "report", "quickstart"),
+    ("viewer", "plots", "report", "evaluation", "quickstart"),
     ("", "cli"),  # "" is sae_jax/__init__.py
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

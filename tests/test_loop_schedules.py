@@ -45,7 +45,7 @@ def test_k_is_annealed_in_stages_and_a_stopped_run_goes_on_to_the_same_bits(
     assert run.load(whole).config.k == run.read_config(whole).sae.k == 3
     with pytest.raises(synthetic.Killed):
         loop.train(config, stopped, synthetic.KillAt(6))
-    assert run.read_step(stopped) == 4
+    assert run.locate(stopped) == (stopped, 4)
     del steps_made[:]
     final = jax.device_get(loop.train(config, stopped))
     assert steps_made == [6, 3]

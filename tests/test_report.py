@@ -10,7 +10,7 @@ from planted import SITE, K, L, T
 
 from sae_jax import report
 from sae_jax.config import to_json
-from sae_jax.evals import EvaluateConfig, evaluate
+from sae_jax.evals import MEANINGS, EvaluateConfig, evaluate
 from sae_jax.viewer import LatentView, TopContext, top_contexts
 from synthetic import make_config
 
@@ -68,8 +68,9 @@ def page(run):
     run_dir, sae, subject, store = run
     results = evaluate(sae, subject, store, config=SMALL)
     views = top_contexts(sae, subject, store, 5, config=SMALL)
-    path = report.write_report(run_dir, results, views, METRICS_ROWS)
-    assert path == run_dir / "report.html"
+    path = run_dir / "report.html"
+    config = (run_dir / "config.json").read_text()
+    assert report.write_report(path, results, views, METRICS_ROWS, config) == path
     return path.read_text(encoding="utf-8"), results, views
 
 
@@ -113,7 +114,7 @@ def test_every_figure_latent_and_plot_is_there(page):
     assert parsed.text.count(f"topk, k {K}: {L} latents at {SITE}") == 2
     for view in views:
         assert f"latent {view.latent}" in parsed.text
-    assert parsed.tags.count("svg") == 5  # four curves and the histogram
+    assert parsed.tags.count("svg") == 6  # four curves, two plots
     assert '"dead_after_rows"' in parsed.text
 
 
@@ -122,7 +123,7 @@ def test_shading_follows_the_activation(page, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     context = TopContext("a.txt", 0, 1, 1, ("x", "y", "z"), (0.5, 2.0, 0.0))
     view = LatentView(3, 0.01, (context,))
-    path = report.write_report(tmp_path, results, [view], [])
+    path = report.write_report(tmp_path / "report.html", results, [view], [])
     text = path.read_text(encoding="utf-8")
     assert '<mark style="--a:0.33" title="0.5">x</mark>' in text
     assert '<mark class="peak" style="--a:1.00" title="2">y</mark>z</code>' in text
@@ -131,7 +132,10 @@ def test_shading_follows_the_activation(page, tmp_path):
 
 def test_the_same_input_gives_the_same_page(run, page):
     run_dir, (text, results, views) = run[0], page
-    path = report.write_report(run_dir, results, views, METRICS_ROWS)
+    config = (run_dir / "config.json").read_text()
+    path = report.write_report(
+        run_dir / "again.html", results, views, METRICS_ROWS, config
+    )
     assert path.read_text(encoding="utf-8") == text
 
 
@@ -139,7 +143,7 @@ def test_a_run_that_has_not_trained_has_no_curves(run, page, tmp_path):
     _, results, _ = page
     (tmp_path / "config.json").write_text("{}")
     results = results | {"metrics": {}}
-    text = report.write_report(tmp_path, results, [], []).read_text(encoding="utf-8")
+    text = report.write_report(tmp_path / "page", results).read_text(encoding="utf-8")
     assert "<svg" not in text and "What latents fire on" not in text
 
 
@@ -151,7 +155,7 @@ def test_every_figure_says_what_it_means(page):
         for name, figure in figures.items()
         if "value" in figure
     }
-    assert {"shrinkage", "l0_cut"} < shown == set(report._MEANINGS)
+    assert {"shrinkage", "l0_cut"} < shown < set(MEANINGS)
 
 
 @pytest.mark.parametrize(
@@ -170,38 +174,8 @@ def test_aux_loss_is_told_as_its_run_has_it(page, tmp_path, architecture, meanin
     if meaning is None:
         rows = [{k: v for k, v in row.items() if k != "aux_loss"} for row in rows]
     results = results | {"architecture": architecture, "metrics": {}}
-    text = report.write_report(tmp_path, results, [], rows).read_text(encoding="utf-8")
+    path = report.write_report(tmp_path / "page", results, [], rows)
+    text = path.read_text(encoding="utf-8")
     told = " ".join(_Page(text).text.split())
     assert "n_dead counts" in told
     assert meaning in told if meaning else "aux_loss" not in told
-
-
-def test_evaluate_run_leaves_both_files(run, monkeypatch):
-    run_dir, sae, subject, store = run
-    asked = []
-    monkeypatch.setattr(report, "load", lambda *args: asked.append(args) or sae)
-    monkeypatch.setattr(report, "read_step", lambda run_dir: 7)
-    monkeypatch.setattr(
-        report, "load_subject", lambda name: asked.append(name) or subject
-    )
-    results = report.evaluate_run(run_dir, subject="mine", config=SMALL, weights="raw")
-    assert asked[0] == "mine" and asked[1][0] == run_dir and asked[1][2] == "raw"
-    assert asked[1][1].shape == {"data": 1, "latent": 8}
-    saved = json.loads((run_dir / report.EVALUATION_FILE).read_text())
-    assert saved == results
-    assert saved["weights"] == "raw" and saved["rows"] == store.rows("heldout")
-    assert "latent " in (run_dir / report.REPORT_FILE).read_text(encoding="utf-8")
-    (run_dir / report.REPORT_FILE).unlink()
-    report.evaluate_run(run_dir, subject="mine", config=SMALL, report=False)
-    assert not (run_dir / report.REPORT_FILE).exists()
-
-
-def test_a_store_that_is_not_where_the_config_says_may_be_named(run, tmp_path):
-    (tmp_path / "config.json").write_text(to_json(make_config("elsewhere/store")))
-    with pytest.raises(FileNotFoundError, match="elsewhere/store.* with --store"):
-        report.evaluate_run(tmp_path, config=SMALL)
-
-
-def test_a_subject_that_is_not_in_the_package_must_be_named(run):
-    with pytest.raises(ValueError, match="subject 'planted', .* with --subject"):
-        report.evaluate_run(run[0], config=SMALL)

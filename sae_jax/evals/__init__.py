@@ -1,30 +1,34 @@
 """Evaluation on held-out text: one file a metric, each with `compute(context, config)`.
 
 A metric is a dict of figures, `{"value", "ci95", "samples", "unit"}`: the value, the
-half-width of its 95 % interval over contexts (`sae_jax.evals.figures`) and what it was
-taken over.
+half-width of its 95 % interval (`sae_jax.evals.figures`) and what it was taken over;
+beside them are plots and tables. Its MEANINGS say what each figure is.
 """
 
+import dataclasses
+import hashlib
+import json
 import math
+import types
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
 from sae_jax.config import nearest_name, sparsity
-from sae_jax.evals import density, downstream, reconstruction
-from sae_jax.evals.context import (
-    Context,
-    EvaluateConfig,
-    Sae,
-    choose_row_sequences,
-    open_context,
-)
+from sae_jax.evals import averaging, density, downstream, reconstruction
+from sae_jax.evals.config import EvaluateConfig
+from sae_jax.evals.context import Context, Sae, choose_row_sequences, open_context
+from sae_jax.evals.table import format_name, format_table, format_value
+from sae_jax.files import write_whole
 from sae_jax.store import Store
 from sae_jax.subjects import Subject
 
 __all__ = [
+    "MEANINGS",
     "METRICS",
+    "SUITES",
     "Context",
     "EvaluateConfig",
     "evaluate",
@@ -33,10 +37,22 @@ __all__ = [
     "format_value",
 ]
 
-METRICS = {
-    "reconstruction": reconstruction.compute,
-    "density": density.compute,
-    "downstream": downstream.compute,
+METRICS: dict[str, types.ModuleType] = {
+    "reconstruction": reconstruction,
+    "averaging": averaging,
+    "density": density,
+    "downstream": downstream,
+}
+_CORE = ("reconstruction", "averaging", "density", "downstream")
+SUITES = {
+    "core": _CORE,
+    "paper": _CORE,
+    "all": tuple(METRICS),
+}
+MEANINGS: dict[str, str] = {
+    name: meaning
+    for metric in METRICS.values()
+    for name, meaning in metric.MEANINGS.items()
 }
 # Below this, a latent that did not fire says little.
 ROWS_WANTED = 200_000
@@ -46,13 +62,31 @@ def evaluate(
     sae: Sae,
     subject: Subject,
     store: Store,
-    metrics: Sequence[str] = tuple(METRICS),
+    metrics: Sequence[str] = SUITES["core"],
     mesh: Mesh | None = None,
     seed: int = 0,
     config: EvaluateConfig | None = None,
     progress: bool = False,
+    *,
+    raw: Sae | None = None,
+    about: Mapping[str, Any] | None = None,
+    file: str | Path | None = None,
 ) -> dict[str, Any]:
     """The metrics of an SAE on the held-out rows of its store, ready for JSON.
+
+    Args:
+        sae: the SAE.
+        subject: the language model its rows came from.
+        store: the activation store, with held-out rows.
+        metrics: names of METRICS; `SUITES` has the usual choices.
+        mesh: where given, the mesh that the SAE must be on.
+        seed: draws all samples: the same seed, the same figures.
+        config: how much to measure on.
+        progress: whether to show progress lines.
+        raw: the SAE with raw weights where `sae` has averaged ones, to compare.
+        about: what else the results should say, such as the step.
+        file: where the results are written each time that a metric is done. Metrics
+            that it has from an evaluation that differs in nothing are taken over.
 
     Raises:
         ValueError: an unknown metric; SAE, subject, store and mesh that do not belong
@@ -67,10 +101,23 @@ def evaluate(
             f"the SAE is on a mesh {dict(sae.mesh.shape)}, not {dict(mesh.shape)}: "
             "load it on the mesh that evaluates it"
         )
-    context = open_context(sae, subject, store, seed, progress)
-    computed = {name: METRICS[name](context, config) for name in metrics}
-    for name, figures in computed.items():
-        _check_finite(name, figures)
+    context = open_context(sae, subject, store, seed, progress, raw)
+    results = _describe(context, config) | dict(about or {})
+    done = _read_done(Path(file), results) if file else {}
+    results["metrics"] = done
+    for name in metrics:
+        if name not in done:
+            done[name] = METRICS[name].compute(context, config)
+            _check_finite(name, done[name])
+        results["metrics"] = {name: done[name] for name in METRICS if name in done}
+        if file:
+            write_whole(file, json.dumps(results, indent=2, allow_nan=False) + "\n")
+    return results
+
+
+def _describe(context: Context, config: EvaluateConfig) -> dict[str, Any]:
+    """What the figures are of, and what they were taken on."""
+    sae, subject, store = context.sae, context.subject, context.store
     n_contexts = len(choose_row_sequences(context, config.rows))
     return {
         "site": context.site,
@@ -79,62 +126,42 @@ def evaluate(
         "n_latents": sae.n_latents,
         "d_model": sae.d_model,
         "store": str(store.path),
+        "corpus": store.manifest.corpus,
         "subject": {"name": subject.name, "identity": subject.identity},
-        "seed": seed,
+        "seed": context.seed,
+        "settings": dataclasses.asdict(config),
+        "files": _identify_files(config),
         "rows": n_contexts * store.context_length,
         "rows_wanted": ROWS_WANTED,
         "context_length": store.context_length,
-        "metrics": computed,
     }
 
 
-def format_table(results: dict[str, Any]) -> str:
-    """The results as a table of at most 80 columns."""
-    lines = [
-        format_name(results),
-        f"{results['n_latents']:,} latents at {results['site']} of "
-        f"{results['subject']['name']}, {results['rows']:,} held-out rows",
-    ]
-    if "step" in results:
-        lines.append(
-            f"{results['weights']} weights of step {results['step']:,} of "
-            f"{results['n_steps']:,}"
-        )
-    if results["rows"] < results["rows_wanted"]:
-        lines.append(
-            f"fewer rows than the {results['rows_wanted']:,} wanted: rare latents may "
-            "look dead"
-        )
-    for metric, figures in results["metrics"].items():
-        lines += ["", f"{metric:<22}{'value':>12}{'± 95 %':>12}  over"]
-        for name, figure in figures.items():
-            if "value" in figure:
-                lines.append(f"  {name:<20}" + _format_figure(figure))
-    return "\n".join(lines)
+def _identify_files(config: EvaluateConfig) -> dict[str, str]:
+    """A hash of each file that the config names."""
+    paths = {
+        field.name: Path(getattr(config, field.name))
+        for field in dataclasses.fields(config)
+        if field.type is str and getattr(config, field.name)
+    }
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for name, path in paths.items()
+        if path.is_file()
+    }
 
 
-def format_name(results: Mapping[str, Any]) -> str:
-    """The architecture, and what says how sparse its codes are."""
-    settings = (f"{name} {value:g}" for name, value in results["sparsity"].items())
-    return ", ".join((results["architecture"], *settings))
+def _read_done(file: Path, results: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics in a file that says of itself what `results` says so far."""
+    try:
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    metrics = earlier.pop("metrics", {}) if isinstance(earlier, dict) else {}
+    return metrics if earlier == json.loads(json.dumps(results)) else {}
 
 
-def format_value(value: float) -> str:
-    """Whole numbers as they are; others to four places, fewer when they are large."""
-    if value == int(value):
-        return f"{int(value):,}"
-    if abs(value) < 1e-3:
-        return f"{value:.2e}"
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"
-
-
-def _format_figure(figure: dict[str, Any]) -> str:
-    interval = "" if figure["ci95"] is None else format_value(figure["ci95"])
-    over = f"{figure['samples']:,} {figure['unit']}"
-    return f"{format_value(figure['value']):>12}{interval:>12}  {over}"
-
-
-def _check_finite(metric: str, figures: dict[str, Any]) -> None:
+def _check_finite(metric: str, figures: Any) -> None:
     for name, value in _numbers(figures, metric):
         if not math.isfinite(value):
             raise ValueError(
@@ -147,5 +174,8 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _numbers(inner, f"{name}.{key}")
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(inner, name)
     elif isinstance(value, float):
         yield name, value

@@ -38,29 +38,11 @@ class Sae(Protocol):
 
     def decode(self, code: Any) -> jax.Array: ...
 
+    def weights(self) -> tuple[dict[str, jax.Array], Any]: ...
+
     def normalize(
         self, acts: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
-    """How much to evaluate on, and how much at a time.
-
-    Rows come in whole contexts. Batches are rounded up to what the mesh divides.
-    """
-
-    rows: int = 262_144
-    batch_rows: int = 2048
-    sequences: int = 128  # contexts for the downstream figures
-    batch_sequences: int = 16
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(
-                    f"{field.name} = {getattr(self, field.name)}: must be at least 1"
-                )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,6 +56,7 @@ class Context:
     mesh: Mesh
     seed: int
     progress: bool
+    raw: Sae | None = None  # the same SAE with raw weights, where `sae` has averaged
     # What metrics share, kept by the module that made it.
     measured: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
@@ -84,6 +67,7 @@ def open_context(
     store: Store,
     seed: int = 0,
     progress: bool = False,
+    raw: Sae | None = None,
 ) -> Context:
     """The context of an evaluation, checked; the subject is placed on the mesh.
 
@@ -109,7 +93,7 @@ def open_context(
             "some of them are held out"
         )
     subject = jax.device_put(subject, replicated(sae.mesh))
-    return Context(sae, subject, store, site, sae.mesh, seed, progress)
+    return Context(sae, subject, store, site, sae.mesh, seed, progress, raw)
 
 
 def choose_sequences(context: Context, n_sequences: int) -> NDArray[np.int64]:

@@ -13,11 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from sae_jax.evals.context import Context, EvaluateConfig
-from sae_jax.evals.figures import make_figure
+from sae_jax.evals.config import EvaluateConfig
+from sae_jax.evals.context import Context
+from sae_jax.evals.figures import make_figure, make_histogram
 from sae_jax.evals.rows import measure_rows
 
 _BINS_PER_DECADE = 5
+
+MEANINGS = {
+    "n_dead": "latents that fire on none of the rows read",
+    "dead_fraction": "their share of all latents",
+}
 
 
 def compute(context: Context, config: EvaluateConfig) -> dict[str, Any]:
@@ -32,8 +38,10 @@ def compute(context: Context, config: EvaluateConfig) -> dict[str, Any]:
     return {
         "n_dead": make_figure(n_dead, None, n_latents, "latents"),
         "dead_fraction": make_figure(n_dead / n_latents, None, n_latents, "latents"),
-        "histogram": {
-            "log10_edges": log10_edges.tolist(),
-            "counts": histogram.tolist(),
-        },
+        "densities": make_histogram(
+            log10_edges,
+            histogram,
+            "log10 of the share of rows that a latent fires on",
+            "latents",
+        ),
     }

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from sae_jax.evals.config import EvaluateConfig
 from sae_jax.evals.context import (
     Context,
-    EvaluateConfig,
     Sae,
     choose_sequences,
     iterate_tokens,
@@ -31,6 +31,17 @@ from sae_jax.evals.context import (
 from sae_jax.evals.figures import Array, Figure, mean_figure, ratio_figure
 from sae_jax.mesh import replicated
 from sae_jax.subjects import Subject, next_token_loss
+
+MEANINGS = {
+    "ce_clean": "cross-entropy of the subject, nats a token",
+    "ce_sae": "with the reconstruction in place of the rows",
+    "ce_mean_ablated": "with the mean row in their place",
+    "ce_zero_ablated": "with zeros in their place",
+    "delta_ce": "ce_sae less ce_clean",
+    "kl": "from clean predictions to those on the reconstruction, nats",
+    "recovered_from_mean": "share of the loss of mean ablation that the SAE recovers",
+    "recovered_from_zero": "the same against zero ablation, which flatters",
+}
 
 
 def compute(context: Context, config: EvaluateConfig) -> dict[str, Figure]:

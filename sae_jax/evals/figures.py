@@ -10,10 +10,11 @@ Techniques", 3rd edition, section 6.3). A mean is the ratio to the number of row
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 Figure = dict[str, Any]
@@ -26,6 +27,12 @@ def make_figure(
 ) -> Figure:
     """The JSON form of a figure: value ± ci95 over `samples` of `unit`."""
     return {"value": value, "ci95": ci95, "samples": samples, "unit": unit}
+
+
+def average_figure(values_n: ArrayLike, unit: str) -> Figure:
+    """The mean of independent values, of which there is at least one."""
+    numbers_n = np.asarray(values_n, np.float64)
+    return ratio_figure(numbers_n, np.ones_like(numbers_n), len(numbers_n), unit)
 
 
 def mean_figure(values_st: Array, unit: str) -> Figure:
@@ -47,3 +54,45 @@ def ratio_figure(
     residual_s = numerator_s - ratio * denominator_s
     variance = n_contexts / (n_contexts - 1) * float(np.sum(residual_s**2)) / total**2
     return make_figure(ratio, _NORMAL_95 * math.sqrt(variance), samples, unit)
+
+
+def make_curve(
+    x: ArrayLike,
+    ys: Mapping[str, ArrayLike],
+    x_label: str,
+    y_label: str,
+    x_log: bool = False,
+    y_log: bool = False,
+) -> Figure:
+    """The JSON form of lines over one x, by their names."""
+    return {
+        "x": _floats(x),
+        "ys": {name: _floats(y) for name, y in ys.items()},
+        "x_label": x_label,
+        "y_label": y_label,
+        "x_log": x_log,
+        "y_log": y_log,
+    }
+
+
+def make_histogram(
+    edges: ArrayLike, counts: ArrayLike, x_label: str, y_label: str
+) -> Figure:
+    """The JSON form of a histogram; there is one edge more than counts."""
+    return {
+        "edges": _floats(edges),
+        "counts": np.asarray(counts, np.int64).tolist(),
+        "x_label": x_label,
+        "y_label": y_label,
+    }
+
+
+def make_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str | int | float]]
+) -> Figure:
+    """The JSON form of a table."""
+    return {"columns": list(columns), "rows": [list(row) for row in rows]}
+
+
+def _floats(values: ArrayLike) -> list[float]:
+    return np.asarray(values, np.float64).tolist()

@@ -8,6 +8,8 @@ Over held-out rows x, their mean m and reconstructions x̂:
     fvu_batch       mean over batches of sum |x̂ - x|^2 / sum |x - batch mean|^2, in
                     activation space
     cosine          mean of x̂·x / |x̂||x|, in activation space
+    explained_variance  mean over dimensions d of 1 - sum (x̂_d - x_d)^2 / sum (x_d -
+                    m_d)^2, in activation space; dimensions that do not vary left out
     shrinkage       γ = E|x̂ - m|^2 / E (x̂ - m)·(x - m), in the SAE's space: below 1
                     where reconstructions are too short (Rajamanoharan et al. 2024,
                     arXiv:2404.16014, there without m, which hides the effect);
@@ -19,18 +21,40 @@ Source: Gao et al. 2024 (arXiv:2406.04093), section 2.1, for nmse; its released 
 for mse_over_power; SAE libraries for fvu_batch.
 """
 
+import math
+from typing import Any
+
 import numpy as np
 
-import math
-
-from sae_jax.evals.context import Context, EvaluateConfig
-from sae_jax.evals.figures import Array, Figure, make_figure, mean_figure, ratio_figure
+from sae_jax.evals.config import EvaluateConfig
+from sae_jax.evals.context import Context
+from sae_jax.evals.figures import (
+    Array,
+    Figure,
+    average_figure,
+    make_curve,
+    make_figure,
+    mean_figure,
+    ratio_figure,
+)
 from sae_jax.evals.rows import RowMeasures, measure_rows
 
 _LEAST_CORRELATION = 1e-4  # below it, rounding decides the quotient
 
+MEANINGS = {
+    "nmse": "squared error over that of the mean row, in the SAE's space",
+    "nmse_raw": "the same in activation space",
+    "mse_over_power": "squared error over squared norm, mean over rows",
+    "fvu_batch": "squared error over that of each batch's mean row",
+    "cosine": "between row and reconstruction",
+    "explained_variance": "1 less a dimension's own nmse, mean over dimensions",
+    "shrinkage": "length of reconstructions: below 1 where they are too short",
+    "l0": "latents above 0 on a row",
+    "l0_cut": "further ones, which sae.max_active leaves out of a code",
+}
 
-def compute(context: Context, config: EvaluateConfig) -> dict[str, Figure]:
+
+def compute(context: Context, config: EvaluateConfig) -> dict[str, Any]:
     """The figures above, all over the same held-out rows."""
     rows = measure_rows(context, config)
     fvu = make_figure(float(rows.fvu_n.mean()), None, len(rows.fvu_n), "batches")
@@ -40,9 +64,27 @@ def compute(context: Context, config: EvaluateConfig) -> dict[str, Figure]:
         "mse_over_power": _mean_quotient(rows.error_raw_st, rows.power_raw_st),
         "fvu_batch": fvu,
         "cosine": mean_figure(rows.cosine_st, "rows"),
+        **_explained(rows),
         **_shrinkage(rows),
         "l0": mean_figure(rows.l0_st, "rows"),
         "l0_cut": mean_figure(rows.n_cut_st, "rows"),
+    }
+
+
+def _explained(rows: RowMeasures) -> dict[str, Any]:
+    """Explained variance by dimension: its mean, and the dimensions in order of it."""
+    varies_d = rows.variation_raw_d > 0
+    if not varies_d.any():
+        return {}
+    explained_d = 1 - rows.error_raw_d[varies_d] / rows.variation_raw_d[varies_d]
+    return {
+        "explained_variance": average_figure(explained_d, "dimensions"),
+        "explained_variance_by_dimension": make_curve(
+            np.arange(len(explained_d)),
+            {"explained variance": np.sort(explained_d)},
+            "dimensions, from the one explained least",
+            "explained variance",
+        ),
     }
 
 

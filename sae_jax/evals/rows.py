@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from sae_jax.evals.config import EvaluateConfig
 from sae_jax.evals.context import (
     Context,
-    EvaluateConfig,
     Sae,
     choose_row_sequences,
     iterate_rows,
@@ -35,7 +35,8 @@ class RowMeasures:
     is |x|^2. `recon_variation` is |x̂ - m|^2 and `covariation` (x̂ - m)·(x - m) about
     the mean m of the data, in the SAE's space. `cosine` is 0 where x or x̂ is 0.
     `n_cut` counts active latents that the code has no room for. `fvu_n` has one entry
-    a batch. A latent fires where its value is above 0.
+    a batch; `error_raw_d` and `variation_raw_d` are summed over rows instead of D. A
+    latent fires where its value is above 0.
     """
 
     error_st: Array
@@ -49,6 +50,8 @@ class RowMeasures:
     l0_st: Array
     n_cut_st: Array
     fvu_n: Array
+    error_raw_d: Array
+    variation_raw_d: Array
     counts_l: NDArray[np.int64]
 
     @property
@@ -82,11 +85,13 @@ def _measure(context: Context, config: EvaluateConfig) -> RowMeasures:
     per_row = {
         f"{name}_st": _concatenate(batches, name)[:n_rows].reshape(-1, n_positions)
         for name in batches[0]
-        if name != "fvu"
+        if name not in ("fvu", "error_raw_d", "variation_raw_d")
     }
     return RowMeasures(
         **per_row,
         fvu_n=_concatenate(batches, "fvu"),
+        error_raw_d=_sum(batches, "error_raw_d"),
+        variation_raw_d=_sum(batches, "variation_raw_d"),
         counts_l=np.asarray(counts_l, np.int64),
     )
 
@@ -126,7 +131,8 @@ def _measure_batch(
     normed_bd, shift_b1, scale_b1 = sae.normalize(raw_bd)
     centred_bd = normed_bd - mean_d
     recon_centred_bd = (recon_bd - shift_b1) / scale_b1 - mean_d
-    fired_bk = (code.values > 0) & mask_b[:, None]
+    is_real_b1 = mask_b[:, None]
+    fired_bk = (code.values > 0) & is_real_b1
     error_raw_b = _sum_squares(recon_bd - raw_bd)
     power_raw_b = _sum_squares(raw_bd)
     norms_b = jnp.sqrt(power_raw_b) * jnp.sqrt(_sum_squares(recon_bd))
@@ -145,6 +151,8 @@ def _measure_batch(
         "n_cut": code.n_cut[:, 0],
         "fvu": jnp.sum(error_raw_b, where=mask_b, keepdims=True)
         / jnp.sum(variation_b, where=mask_b),
+        "error_raw_d": _sum_rows((recon_bd - raw_bd) ** 2, is_real_b1),
+        "variation_raw_d": _sum_rows((raw_bd - mean_raw_d) ** 2, is_real_b1),
     }, counts_l.at[code.indices].add(fired_bk.astype(jnp.int32))
 
 
@@ -152,5 +160,13 @@ def _sum_squares(rows_bd: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(rows_bd.astype(jnp.float32)), axis=1)
 
 
+def _sum_rows(squares_bd: jax.Array, is_real_b1: jax.Array) -> jax.Array:
+    return jnp.sum(squares_bd, axis=0, where=is_real_b1)
+
+
 def _concatenate(batches: list[dict[str, Any]], name: str) -> Array:
     return np.concatenate([batch[name] for batch in batches]).astype(np.float64)
+
+
+def _sum(batches: list[dict[str, Any]], name: str) -> Array:
+    return np.sum([batch[name] for batch in batches], axis=0, dtype=np.float64)

@@ -17,9 +17,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
+from sae_jax.evals.config import EvaluateConfig
 from sae_jax.evals.context import (
     Context,
-    EvaluateConfig,
     Sae,
     choose_row_sequences,
     iterate_rows,

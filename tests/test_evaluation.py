@@ -1,0 +1,135 @@
+"""From an SAE on disk to evaluation.json: what is written, taken over, and refused."""
+
+import json
+
+import planted
+import pytest
+from planted import T
+
+from sae_jax import evaluation
+from sae_jax.checkpoint import FOLDER
+from sae_jax.config import to_json
+from sae_jax.evals import METRICS, SUITES, EvaluateConfig
+from synthetic import make_config
+
+SMALL = EvaluateConfig(rows=10_000, batch_rows=4 * T, sequences=8, batch_sequences=4)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run folder, and what was asked for: loads, then metrics that were computed."""
+    subject = planted.make_subject()
+    planted.write_store(tmp_path / "store", subject)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text(to_json(make_config(tmp_path / "store")))
+    (run_dir / "metrics.jsonl").write_text('{"rows": 1, "nmse": 0.5}\n')
+    sae, asked = planted.make_sae(planted.random_params()), []
+    monkeypatch.setattr(evaluation, "load", lambda *args: asked.append(args) or sae)
+    monkeypatch.setattr(evaluation, "locate", lambda path: (run_dir, 7))
+    monkeypatch.setattr(evaluation, "load_subject", lambda name: subject)
+    for name, metric in METRICS.items():
+        monkeypatch.setattr(metric, "compute", _recording(name, metric.compute, asked))
+    return run_dir, asked
+
+
+def _recording(name, compute, asked):
+    return lambda *args: asked.append(name) or compute(*args)
+
+
+def _evaluate(run_dir, **settings):
+    settings = {"subject": "mine", "config": SMALL, "progress": False} | settings
+    return evaluation.evaluate_run(run_dir, **settings)
+
+
+def test_it_leaves_both_files(run):
+    run_dir, asked = run
+    results = _evaluate(run_dir, weights="raw")
+    path, mesh, weights = asked[0]
+    assert (path, weights) == (run_dir / FOLDER / "7", "raw")
+    assert mesh.shape == {"data": 1, "latent": 8}
+    assert json.loads((run_dir / "evaluation.json").read_text()) == results
+    assert (results["weights"], results["step"]) == ("raw", 7)
+    assert list(results["metrics"]) == list(SUITES["core"])
+    assert "latent " in (run_dir / "report.html").read_text(encoding="utf-8")
+    (run_dir / "report.html").unlink()
+    _evaluate(run_dir, weights="raw", report=False)
+    assert not (run_dir / "report.html").exists()
+
+
+def test_only_averaged_weights_are_compared_with_raw_ones(run):
+    run_dir, asked = run
+    averaged = _evaluate(run_dir, report=False)["metrics"]["averaging"]
+    assert averaged["averaging_gain"]["value"] == 0  # one SAE stands in for both
+    assert [args[2] for args in asked[:2]] == ["ema", "raw"]
+    assert _evaluate(run_dir, weights="raw", report=False)["metrics"]["averaging"] == {}
+
+
+def test_a_stopped_evaluation_goes_on(run, monkeypatch):
+    run_dir, asked = run
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(METRICS["density"], "compute", stop)
+        with pytest.raises(KeyboardInterrupt):
+            _evaluate(run_dir)
+    done = [name for name in asked if name in METRICS]
+    assert done == ["reconstruction", "averaging"]
+    kept = json.loads((run_dir / "evaluation.json").read_text())["metrics"]
+    asked.clear()
+    results = _evaluate(run_dir)
+    assert [name for name in asked if name in METRICS] == ["density", "downstream"]
+    assert {name: results["metrics"][name] for name in kept} == kept
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"weights": "raw"},
+        {"config": EvaluateConfig(rows=100, sequences=8, batch_sequences=4)},
+        {"fresh": True},
+    ],
+)
+def test_nothing_is_taken_over_from_an_evaluation_that_differs(run, change):
+    run_dir, asked = run
+    _evaluate(run_dir, report=False)
+    asked.clear()
+    _evaluate(run_dir, report=False)
+    assert not set(asked) & set(METRICS)
+    _evaluate(run_dir, report=False, **change)
+    assert [name for name in asked if name in METRICS] == list(SUITES["core"])
+
+
+def test_a_changed_file_is_measured_again(run, tmp_path):
+    run_dir, asked = run
+    family = tmp_path / "family.csv"
+    config = EvaluateConfig(rows=100, batch_rows=4 * T, family=str(family))
+    for text, n_done in (("compute,loss\n", 1), ("compute,loss\n1,2\n", 1)):
+        family.write_text(text)
+        asked.clear()
+        _evaluate(run_dir, config=config, report=False)
+        assert asked.count("density") == n_done
+
+
+def test_of_a_checkpoint_the_results_have_their_own_folder(run):
+    run_dir, _ = run
+    _evaluate(run_dir / FOLDER / "7", report=False)
+    assert (run_dir / "evaluations" / "7" / "evaluation.json").exists()
+    _evaluate(run_dir, report=False, out=run_dir / "elsewhere")
+    assert (run_dir / "elsewhere" / "evaluation.json").exists()
+    assert not (run_dir / "evaluation.json").exists()
+
+
+def test_a_store_that_is_not_where_the_config_says_may_be_named(run):
+    run_dir, _ = run
+    (run_dir / "config.json").write_text(to_json(make_config("elsewhere/store")))
+    with pytest.raises(FileNotFoundError, match="elsewhere/store.* with --store"):
+        _evaluate(run_dir)
+
+
+def test_a_subject_that_is_not_in_the_package_must_be_named(run):
+    with pytest.raises(ValueError, match="subject 'planted', .* with --subject"):
+        _evaluate(run[0], subject=None)
