@@ -1,12 +1,13 @@
 """Plots as inline SVG that takes its colours from the page around it.
 
-A plot is the JSON form that `sae_jax.evals.figures` makes: a curve or a histogram.
+A plot is the JSON form that `sae_jax.evals.figures` makes: a curve, points, or a
+histogram.
 """
 
 import io
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -19,7 +20,12 @@ from matplotlib.ticker import EngFormatter, LogLocator
 # Colours that no plot uses, replaced in the SVG by those of the page.
 _PAGE_COLOURS = {"#010203": "currentColor", "#040506": "var(--accent)"}
 _INK, _ACCENT = _PAGE_COLOURS
-_STYLES = ((_ACCENT, "-"), (_INK, "--"), (_INK, ":"), (_INK, "-."))
+_STYLES = tuple(
+    (colour, line, marker)
+    for line, marker in (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
+    for colour in (_ACCENT, _INK)
+)
+_FEW = 12  # points that each get a marker
 _PLOT_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sae_jax",
@@ -39,50 +45,66 @@ _PLOT_STYLE: Any = {
 
 def is_plot(value: Any) -> bool:
     """Whether this part of a metric is a plot."""
-    return isinstance(value, Mapping) and ("x" in value or "edges" in value)
+    return isinstance(value, Mapping) and any(kind in value for kind in _KINDS)
 
 
 def draw(name: str, plot: Mapping[str, Any]) -> Markup:
-    """A curve or a histogram as inline SVG, sized by the page."""
-    on_axes = _draw_curves if "x" in plot else _draw_histogram
-    return _draw(name.replace("_", " "), lambda axes: on_axes(axes, plot))
+    """A plot as inline SVG, sized by the page."""
+    kind = next(kind for kind in _KINDS if kind in plot)
+    return _draw(name.replace("_", " "), lambda axes: _KINDS[kind](axes, plot))
 
 
 def _draw_curves(axes: Axes, plot: Mapping[str, Any]) -> None:
-    for (name, y), (colour, line) in zip(plot["ys"].items(), itertools.cycle(_STYLES)):
-        marker = "o" if len(y) <= 12 else None
+    _draw_lines(axes, plot, {name: (plot["x"], y) for name, y in plot["ys"].items()})
+
+
+def _draw_points(axes: Axes, plot: Mapping[str, Any]) -> None:
+    lines = {name: tuple(zip(*xy)) for name, xy in plot["points"].items() if xy}
+    _draw_lines(axes, plot, lines)
+
+
+def _draw_lines(
+    axes: Axes, plot: Mapping[str, Any], lines: Mapping[str, Sequence[Any]]
+) -> None:
+    for (name, (x, y)), style in zip(lines.items(), itertools.cycle(_STYLES)):
+        colour, line, marker = style
         # Not clipped: a line at zero lies on the axis.
         axes.plot(
-            plot["x"],
+            x,
             y,
             label=name,
-            marker=marker,
-            markersize=3,
+            marker=marker if len(y) <= _FEW else None,
+            markersize=4,
             linewidth=1.5,
             clip_on=False,
             color=colour,
             linestyle=line,
         )
-    values = [value for y in plot["ys"].values() for value in y]
+    xs = [value for x, _ in lines.values() for value in x]
+    ys = [value for _, y in lines.values() for value in y]
     axes.set_xlabel(plot["x_label"])
     axes.set_ylabel(plot["y_label"])
-    if plot["x_log"] and min(plot["x"]) > 0:
+    if plot["x_log"] and min(xs) > 0:
         axes.set_xscale("log")
-    elif max(plot["x"], default=0) >= 10_000:
+        _label_plainly(axes.xaxis)
+    elif max(xs) >= 10_000:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if plot["y_log"] and min(values) > 0:
+    if plot["y_log"] and min(ys) > 0:
         axes.set_yscale("log")
         _label_plainly(axes.yaxis)
-    elif min(values) >= 0:
-        axes.set_ylim(0, 1.1 * max(values) or 1)
-    if len(plot["ys"]) > 1:
-        axes.legend()
+    elif min(ys) >= 0:
+        axes.set_ylim(0, 1.1 * max(ys) or 1)
+    if len(lines) > 1:
+        axes.legend(fontsize=7)
 
 
 def _draw_histogram(axes: Axes, plot: Mapping[str, Any]) -> None:
     axes.stairs(plot["counts"], plot["edges"], fill=True, color=_ACCENT)
     axes.set_xlabel(plot["x_label"])
     axes.set_ylabel(plot["y_label"])
+
+
+_KINDS = {"x": _draw_curves, "points": _draw_points, "edges": _draw_histogram}
 
 
 def _label_plainly(axis: Axis) -> None:

@@ -4,19 +4,18 @@ It holds the figures, the curves of training, the plots and tables of every metr
 for a sample of latents the text they fire on. Light and dark both read well.
 """
 
-import importlib.resources
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from sae_jax import plots
 from sae_jax.config import CHOOSE_K
-from sae_jax.evals import MEANINGS, format_name, format_value
+from sae_jax.evals import MEANINGS, format_name
 from sae_jax.evals.figures import make_curve
 from sae_jax.files import write_whole
+from sae_jax.pages import render
 from sae_jax.viewer import LatentView
 
 # Figures whose values open the report.
@@ -55,7 +54,8 @@ def write_report(
         for name, part in metric.items()
     }
     figures = {name: part for name, part in parts.items() if "value" in part}
-    page = _load_template().render(
+    page = render(
+        "report.html",
         results=results,
         name=format_name(results),
         headlines={name: figures[name] for name in _HEADLINES if name in figures},
@@ -81,28 +81,3 @@ def _draw_training(
     points = [(row["rows"], row[name]) for row in metrics_rows if name in row]
     rows, values = zip(*points, strict=True)
     return plots.draw(name, make_curve(rows, {name: values}, "rows", "", y_log=is_log))
-
-
-def _load_template() -> jinja2.Template:
-    file = importlib.resources.files("sae_jax").joinpath("report.html")
-    source = file.read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals["zip"] = zip
-    environment.filters["value"] = format_value
-    environment.filters["cell"] = _format_cell
-    environment.filters["visible"] = _show_whitespace
-    return environment.from_string(source)
-
-
-def _show_whitespace(token: str) -> str:
-    """A token on one line: line ends become a sign, tabs an arrow."""
-    return token.replace("\r", "␍").replace("\n", "↵").replace("\t", "⇥")
-
-
-def _format_cell(cell: str | int | float) -> str:
-    return cell if isinstance(cell, str) else format_value(cell)

@@ -34,10 +34,10 @@ FLOORS = (
     ),
     ("saes", "loader", "subjects", "packing"),
     ("state", "formats", "harvest", "diagnostics"),
-    ("gradients", "checkpoint", "resample"),
+    ("gradients", "checkpoint", "resample", "baselines"),
     ("step",),
     ("run", "loop", "evals", "plan"),
-    ("viewer", "plots", "report", "evaluation", "quickstart"),
+    ("viewer", "plots", "pages", "report", "evaluation", "compare", "quickstart"),
     ("", "cli"),  # "" is sae_jax/__init__.py
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -277,7 +277,7 @@ def test_wheel_works_in_an_empty_folder(shipped, tmp_path):
     )
     package = Path(run(venv / "bin/python", "-c", code).strip())
     assert package.is_relative_to(venv)
-    for name in ("py.typed", "report.html", "subjects/default/model.safetensors"):
+    for name in ("py.typed", "pages/report.html", "subjects/default/model.safetensors"):
         assert (package / name).is_file()
     assert "quickstart" in run(venv / "bin/sae-jax", "--help")
     assert "--workdir" in run(venv / "bin/sae-jax", "train", "--help")

@@ -10,7 +10,7 @@ from planted import SITE, K, L, T
 
 from sae_jax import report
 from sae_jax.config import to_json
-from sae_jax.evals import MEANINGS, EvaluateConfig, evaluate
+from sae_jax.evals import MEANINGS, EvaluateConfig, evaluate, format_value
 from sae_jax.viewer import LatentView, TopContext, top_contexts
 from synthetic import make_config
 
@@ -108,7 +108,7 @@ def test_every_figure_latent_and_plot_is_there(page):
         for name, figure in metric.items():
             if "value" in figure:
                 assert name in parsed.text
-                assert report.format_value(figure["value"]) in parsed.text
+                assert format_value(figure["value"]) in parsed.text
     assert "fewer rows than the 200,000" in re.sub(r"\s+", " ", parsed.text)
     # In the title and in the heading.
     assert parsed.text.count(f"topk, k {K}: {L} latents at {SITE}") == 2

@@ -18,6 +18,7 @@ COMMANDS = {
     "harvest": "run a subject model over text and store its activations",
     "train": "train an SAE on an activation store, or resume an interrupted run",
     "evaluate": "measure a trained SAE: table, evaluation.json, report.html",
+    "compare": "put evaluated SAEs side by side: table, frontiers",
 }
 HELP_FLAGS = ("-h", "-help", "--help")
 

@@ -75,6 +75,23 @@ def make_curve(
     }
 
 
+def make_points(
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    x_label: str,
+    y_label: str,
+    x_log: bool = False,
+    y_log: bool = False,
+) -> Figure:
+    """The JSON form of lines that have an x of their own, by their names."""
+    return {
+        "points": {name: sorted(map(list, xy)) for name, xy in points.items()},
+        "x_label": x_label,
+        "y_label": y_label,
+        "x_log": x_log,
+        "y_log": y_log,
+    }
+
+
 def make_histogram(
     edges: ArrayLike, counts: ArrayLike, x_label: str, y_label: str
 ) -> Figure:
