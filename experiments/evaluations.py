@@ -4,9 +4,25 @@
     python experiments/evaluations.py --store=store/ --out=evaluations/
 """
 
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import app, flags
+
+import sae_jax
+from sae_jax import baselines
+from sae_jax.compare import compare, format_rows
 from sae_jax.config import DataConfig, OptimizerConfig, SaeConfig, TrainConfig
+from sae_jax.evals import SUITES, evaluate
+from sae_jax.evaluation import EVALUATION_FILE, evaluate_run
+from sae_jax.saes import Sae
+from sae_jax.store import Store
+
+_STORE = flags.DEFINE_string("store", "store", "the activation store")
+_OUT = flags.DEFINE_string("out", "evaluations", "where runs and results are kept")
 
 SIZES, SPARSITIES = (512, 2048, 8192), (8, 32, 128)
+K_OF_PAPER = 32  # whose SAEs have the suite `paper`; the others have `core`
 
 
 def get_config(
@@ -29,3 +45,39 @@ def get_config(
         checkpoint_every_steps=400,
         checkpoints_kept=1,
     )
+
+
+def main(argv: list[str]) -> None:
+    """Trains what is missing, measures what is missing, and prints the table."""
+    del argv
+    out, store = Path(_OUT.value), sae_jax.open_store(_STORE.value)
+    folders = []
+    for n_latents in SIZES:
+        for k in SPARSITIES:
+            folder = out / f"L{n_latents}_k{k}"
+            sae_jax.train(get_config(n_latents, k, store=_STORE.value), folder)
+            suite = "paper" if k == K_OF_PAPER else "core"
+            evaluate_run(folder, suite=suite)
+            folders.append(folder)
+    for name, sae in make_baselines(store):
+        folder = out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / EVALUATION_FILE
+        subject = sae_jax.load_subject()
+        evaluate(sae, subject, store, SUITES["paper"], progress=True, file=file)
+        folders.append(folder)
+    print(format_rows(compare(folders, out)))
+
+
+def make_baselines(store: Store) -> Iterator[tuple[str, Sae]]:
+    """Each for K = 32; where there is a size to choose, of 2,048 latents."""
+    site, config = store.site(None), get_config(store=_STORE.value)
+    k, n_latents = config.sae.k, config.sae.n_latents
+    yield f"pca_k{k}", baselines.components(store, site, k)
+    yield f"channels_k{k}", baselines.channels(store, site, k)
+    yield f"random_k{k}", baselines.random_dictionary(store, site, n_latents, k)
+    yield f"untrained_k{k}", baselines.untrained(config, store)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -3,10 +3,11 @@
     channels     the residual stream's own axes, up and down: K of 2 D
     components   the first K principal components of the training rows, up and down
     random       L random directions, K a row
+    untrained    a run's SAE before its first step
 
-All subtract the mean training row and encode by their own decoder rows. One number
-scales the reconstructions of `random_dictionary`, which overlap, to the least squared
-error; the others are orthogonal. As the codes are SAE codes, every metric applies.
+The first three subtract the mean training row and encode by their own decoder rows.
+One number scales the reconstructions of `random_dictionary`, whose rows overlap, to the
+least squared error. As the codes are SAE codes, every metric applies.
 """
 
 import jax
@@ -16,13 +17,16 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from sae_jax.config import SaeConfig, TrainConfig
+from sae_jax.loader import sample_rows
 from sae_jax.mesh import single_device_mesh
 from sae_jax.normalize import Normalization
 from sae_jax.saes import Sae
-from sae_jax.state import Setup, abstract
+from sae_jax.state import Setup, abstract, create
+from sae_jax.step import validate
 from sae_jax.store import Store
 
-_SAMPLE_ROWS = 65_536  # of the training rows, for the components and the scale
+# Of the training rows: for components and biases, and for the scale of what overlaps.
+_SAMPLE_ROWS, _SCALE_ROWS = 32_768, 4_096
 
 Directions = NDArray[np.float32]
 
@@ -35,7 +39,8 @@ def channels(store: Store, site: str, k: int, mesh: Mesh | None = None) -> Sae:
 
 def components(store: Store, site: str, k: int, mesh: Mesh | None = None) -> Sae:
     """Each row on the same K principal components: PCA."""
-    rows_bd = _sample(store, site)
+    rows_bd = sample_rows(store, site, _SAMPLE_ROWS, 0).astype(np.float64)
+    rows_bd -= store.statistics(site).mean_d
     _, vectors_dd = np.linalg.eigh(rows_bd.T @ rows_bd)  # rising
     first_kd = vectors_dd[:, ::-1].T[:k].astype(np.float32)
     return _make(store, site, np.concatenate([first_kd, -first_kd]), k, mesh)
@@ -53,20 +58,19 @@ def random_dictionary(
     shape = (n_latents, store.width(site))
     w_ld = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
     w_ld /= np.linalg.norm(w_ld, axis=1, keepdims=True)
-    rows_bd = _sample(store, site)[:4096].astype(np.float32)
     unscaled = _make(store, site, w_ld, k, mesh)
+    rows_bd = sample_rows(store, site, _SCALE_ROWS, seed)
     mean_d = np.asarray(store.statistics(site).mean_d, np.float32)
-    recon_bd = np.asarray(unscaled.decode(unscaled.encode(rows_bd + mean_d))) - mean_d
-    scale = float((recon_bd * rows_bd).sum() / (recon_bd**2).sum())
+    recon_bd = np.asarray(unscaled.decode(unscaled.encode(rows_bd))) - mean_d
+    scale = float((recon_bd * (rows_bd - mean_d)).sum() / (recon_bd**2).sum())
     return _make(store, site, w_ld, k, mesh, scale)
 
 
-def _sample(store: Store, site: str) -> NDArray[np.float64]:
-    """Training rows from chunks over all of the store, less the mean of all."""
-    chunks, n_each = store.chunks("train"), store.manifest.rows_per_chunk
-    step = max(1, len(chunks) * n_each // _SAMPLE_ROWS)
-    rows_bd = store.read_ranges(site, chunks[::step]).astype(np.float64)
-    return rows_bd - store.statistics(site).mean_d
+def untrained(config: TrainConfig, store: Store, mesh: Mesh | None = None) -> Sae:
+    """The SAE that training with this config starts from."""
+    setup = validate(config, mesh or single_device_mesh(), store)
+    rows_bd = sample_rows(store, setup.site, _SAMPLE_ROWS, config.seed)
+    return jax.jit(setup.sae)(create(setup, jnp.asarray(rows_bd)).params)
 
 
 def _make(

@@ -6,7 +6,7 @@ import pytest
 from planted import SITE, D
 
 from sae_jax import baselines
-from sae_jax.config import MeshConfig
+from sae_jax.config import DataConfig, MeshConfig, SaeConfig, TrainConfig
 from sae_jax.mesh import make_mesh
 
 
@@ -72,3 +72,18 @@ def test_on_a_mesh_they_are_the_same(store, rows):
     one = baselines.random_dictionary(store, SITE, 64, 4)
     many = baselines.random_dictionary(store, SITE, 64, 4, mesh=mesh)
     np.testing.assert_allclose(_rebuild(many, x), _rebuild(one, x), atol=1e-5)
+
+
+def test_an_untrained_sae_is_the_one_that_training_starts_from(store, tmp_path):
+    config = TrainConfig(
+        sae=SaeConfig(n_latents=16, k=2),
+        data=DataConfig(store=str(store.path), batch_rows=32, lanes=2, window_chunks=1),
+        rows=64,
+        dead_after_rows=32,
+    )
+    sae = baselines.untrained(config, store)
+    w_enc_ld, w_dec_ld = (np.asarray(w[...]) for w in (sae.w_enc_ld, sae.w_dec_ld))
+    np.testing.assert_allclose(w_enc_ld, w_dec_ld)  # as they start
+    np.testing.assert_allclose(np.linalg.norm(w_dec_ld, axis=1), 1, atol=1e-6)
+    assert sae.config.k == 2 and sae.site == SITE
+    assert 0 < np.abs(np.asarray(sae.b_dec_d[...])).max()

@@ -34,9 +34,9 @@ FLOORS = (
     ),
     ("saes", "loader", "subjects", "packing"),
     ("state", "formats", "harvest", "diagnostics"),
-    ("gradients", "checkpoint", "resample", "baselines"),
+    ("gradients", "checkpoint", "resample"),
     ("step",),
-    ("run", "loop", "evals", "plan"),
+    ("run", "loop", "evals", "baselines", "plan"),
     ("viewer", "plots", "pages", "report", "evaluation", "compare", "quickstart"),
     ("", "cli"),  # "" is sae_jax/__init__.py
 )
