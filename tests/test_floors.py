@@ -32,7 +32,7 @@ FLOORS = (
         "sparse",
         "text",
     ),
-    ("saes", "loader", "subjects", "packing"),
+    ("saes", "loader", "subjects", "packing", "tasks"),
     ("state", "formats", "harvest", "diagnostics"),
     ("gradients", "checkpoint", "resample"),
     ("step",),

@@ -17,6 +17,7 @@ COMMANDS = {
     "quickstart": "train, evaluate and picture an SAE of the default subject",
     "harvest": "run a subject model over text and store its activations",
     "train": "train an SAE on an activation store, or resume an interrupted run",
+    "tasks": "write binary tasks about Python source, to probe latents with",
     "evaluate": "measure a trained SAE: table, evaluation.json, report.html",
     "compare": "put evaluated SAEs side by side: table, frontiers",
 }
