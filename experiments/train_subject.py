@@ -21,12 +21,10 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
@@ -35,43 +33,28 @@ from subject import corpus
 from subject.card import write_card
 from subject.checkpoint import State, restore, save
 from subject.measure import measure
+from subject.recipe import (
+    Config,
+    Data,
+    draw_batch,
+    init_weights,
+    make_loss,
+    make_optimizer,
+    make_step,
+    read_data,
+    schedule,
+)
 from tokenizers import Tokenizer
 
-from sae_jax.subjects import Subject, load_subject, next_token_loss
+from sae_jax.subjects import Subject, load_subject
 from sae_jax.subjects.folder import write_folder
-from sae_jax.subjects.llama import LlamaConfig, Weights, list_shapes
+from sae_jax.subjects.llama import LlamaConfig, Weights
 from sae_jax.text import Document
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _EXTRA_TEXT = flags.DEFINE_string("extra_text", None, "More text, a .jsonl.gz file.")
 _MINUTES = flags.DEFINE_float("minutes", None, "Wall clock to train for.")
 _EXPORT_ONLY = flags.DEFINE_bool("export_only", False, "Only write the model folder.")
-
-
-@dataclass(frozen=True)
-class Config:
-    """Sizes and recipe; the rates of AdamW and Muon are those of their peak."""
-
-    model: LlamaConfig
-    library_rows: int = 12  # of a batch, from the standard library
-    extra_rows: int = 4  # of a batch, from the extra text
-    muon_rate: float = 0.02
-    adam_rate: float = 0.004
-    weight_decay: float = 0.02
-    warmup: float = 0.02  # share of the minutes
-    minutes: float = 95.0
-    save_minutes: float = 4.0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Data:
-    """Token streams."""
-
-    library: np.ndarray
-    extra: np.ndarray
-    heldout: np.ndarray
-    heldout_bytes: int
 
 
 def get_config() -> Config:
@@ -106,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
     optimizer = make_optimizer(config)
     state = restore(workdir, State(weights, optimizer.init(weights)))
     if not _EXPORT_ONLY.value:
-        data = _read_data(tokenizer, library, heldout, _EXTRA_TEXT.value)
+        data = read_data(tokenizer, library, heldout, _EXTRA_TEXT.value)
         state = train(config, subject, optimizer, state, data, workdir)
     folder = workdir / "model"
     tokenizer_json = tokenizer.to_str(pretty=True)
@@ -128,21 +111,8 @@ def train(
     workdir: Path,
 ) -> State:
     """The state after the minutes of the config, saved every few of them."""
-
-    def compute_loss(weights: Weights, tokens_bt: jax.Array) -> jax.Array:
-        logits_btv, _ = replace(subject, weights=weights).forward(tokens_bt)
-        assert logits_btv is not None
-        return next_token_loss(logits_btv, tokens_bt).mean()
-
-    @jax.jit
-    def step(
-        weights: Weights, opt_state: optax.OptState, tokens_bt: jax.Array, rate: float
-    ) -> tuple[Weights, optax.OptState, jax.Array]:
-        loss, grads = jax.value_and_grad(compute_loss)(weights, tokens_bt)
-        updates, opt_state = optimizer.update(grads, opt_state, weights)
-        updates = jax.tree.map(lambda update: rate * update, updates)
-        return optax.apply_updates(weights, updates), opt_state, loss
-
+    compute_loss = make_loss(subject)
+    step = make_step(compute_loss, optimizer)
     evaluate = jax.jit(compute_loss)
     losses: list[float] = []
     saved = state.seconds
@@ -170,63 +140,6 @@ def train(
     return state
 
 
-def draw_batch(config: Config, data: Data, step: int) -> np.ndarray:
-    """The rows [B, T] of a step: a function of the step and the seed alone."""
-    parts = [
-        corpus.take_rows(
-            stream, step * count, count, config.model.context_length, config.seed + part
-        )
-        for part, (stream, count) in enumerate(
-            [(data.library, config.library_rows), (data.extra, config.extra_rows)]
-        )
-    ]
-    return np.concatenate(parts)
-
-
-def schedule(share: float, config: Config) -> float:
-    """The rate, as a share of its peak, after this share of the minutes."""
-    rising = (share + 1e-3) / config.warmup
-    falling = (1 - share) / (1 - config.warmup)
-    return max(0.0, min(1.0, rising, falling))
-
-
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Muon for the matrices of the blocks, AdamW for the rest, at a rate of one."""
-
-    def choose(weights: Weights) -> Any:
-        def is_matrix(path: tuple, leaf: Any) -> Any:
-            is_muon = path[-1].key.startswith("w_")
-            return optax.contrib.MuonDimensionNumbers(0, 1) if is_muon else None
-
-        return jax.tree_util.tree_map_with_path(is_matrix, weights)
-
-    return optax.contrib.muon(
-        1.0,
-        muon_weight_dimension_numbers=choose,
-        adam_learning_rate=config.adam_rate / config.muon_rate,
-        adam_b2=0.98,
-        weight_decay=config.weight_decay,
-    )
-
-
-def init_weights(config: LlamaConfig, seed: int) -> Weights:
-    """Blocks that add nothing yet: their output matrices are zero."""
-    rng = np.random.default_rng(seed)
-
-    def init(path: tuple, shape: tuple[int, ...]) -> jax.Array:
-        name = path[-1].key
-        if len(shape) == 1:
-            return jnp.ones(shape)
-        if name in ("w_o_hd", "w_down_md"):
-            return jnp.zeros(shape)
-        scale = 0.02 if name == "embed_vd" else 0.6 / math.sqrt(shape[0])
-        return jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(
-        init, list_shapes(config), is_leaf=lambda node: isinstance(node, tuple)
-    )
-
-
 def _open_tokenizer(
     workdir: Path, library: Sequence[Document], vocab_size: int
 ) -> Tokenizer:
@@ -235,28 +148,6 @@ def _open_tokenizer(
         texts = [document.text for document in library]
         corpus.train_tokenizer(texts, vocab_size).save(str(path))
     return Tokenizer.from_file(str(path))
-
-
-def _read_data(
-    tokenizer: Tokenizer,
-    library: Sequence[Document],
-    heldout: Sequence[Document],
-    extra_path: str | None,
-) -> Data:
-    def make_stream(texts: Sequence[str], seed: int) -> np.ndarray:
-        return corpus.make_stream(tokenizer, texts, seed)
-
-    library_stream = make_stream([document.text for document in library], 1)
-    extra_stream = library_stream
-    if extra_path is not None:
-        extra_stream = make_stream(corpus.read_json_lines(Path(extra_path)), 2)
-    heldout_texts = [document.text for document in heldout]
-    return Data(
-        library_stream,
-        extra_stream,
-        make_stream(heldout_texts, 3),
-        sum(len(text.encode()) for text in heldout_texts),
-    )
 
 
 def _report(

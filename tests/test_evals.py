@@ -13,7 +13,7 @@ import pytest
 from planted import SITE, D, K, L, T
 
 from sae_jax.config import MeshConfig
-from sae_jax.evals import EvaluateConfig, evaluate, format_table
+from sae_jax.evals import EvaluateConfig, downstream, evaluate, format_table
 from sae_jax.evals.context import choose_sequences, open_context
 from sae_jax.evals.figures import mean_figure, ratio_figure
 from sae_jax.mesh import make_mesh
@@ -172,8 +172,37 @@ def test_downstream_is_that_of_numpy(subject, store):
     assert values.keys() == want.keys()
     for name, value in want.items():
         assert values[name] == pytest.approx(value, rel=1e-4), name
-    samples = results["metrics"]["downstream"]["kl"]["samples"]
-    assert samples == len(sequences) * (T - 1)
+    measured = results["metrics"]["downstream"]
+    assert measured["kl"]["samples"] == len(sequences) * (T - 1)
+    by_position = measured["by_position"]
+    assert by_position["x"] == list(range(1, T))
+    next_bt1 = tokens_bt[:, 1:, None]
+    sae_bt, clean_bt = (
+        -np.take_along_axis(log_p[kind], next_bt1, axis=-1)[..., 0]
+        for kind in ("sae", "clean")
+    )
+    for name, want_bt in {"kl": kl.sum(-1), "delta_ce": sae_bt - clean_bt}.items():
+        got_t, want_t = by_position["ys"][name], want_bt.mean(axis=0)
+        np.testing.assert_allclose(got_t, want_t, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_positions", [64, 65, 255, 4095])
+def test_positions_are_grouped_where_there_are_many(n_positions):
+    values_st = np.random.default_rng(0).normal(size=(3, n_positions))
+    curve = downstream.group_by_position({"kl": values_st})
+    x, kl = np.array(curve["x"]), np.array(curve["ys"]["kl"])
+    if n_positions == 64:
+        assert len(x) == 64
+        return
+    # A group's mean position says where it ends: groups are runs without a gap.
+    edges = [0]
+    for centre in x:
+        edges.append(round(2 * centre - edges[-1] - 1))
+    assert 20 <= len(x) <= 32 and edges[-1] == n_positions
+    sizes = np.diff(edges)
+    assert sizes[0] == 1 and (np.diff(sizes) >= -1).all()
+    for first, last, mean in zip(edges, edges[1:], kl):
+        assert mean == pytest.approx(values_st[:, first:last].mean())
 
 
 def test_a_perfect_sae(subject, store):

@@ -114,7 +114,7 @@ def test_every_figure_latent_and_plot_is_there(page):
     assert parsed.text.count(f"topk, k {K}: {L} latents at {SITE}") == 2
     for view in views:
         assert f"latent {view.latent}" in parsed.text
-    assert parsed.tags.count("svg") == 6  # four curves, two plots
+    assert parsed.tags.count("svg") == 7  # four curves, three plots
     assert '"dead_after_rows"' in parsed.text
 
 

@@ -1,1 +1,1 @@
-"""The parts of `train_subject.py`: its corpus, its figures and its model card."""
+"""The parts of `train_subject.py`: corpus, recipe, figures and model card."""

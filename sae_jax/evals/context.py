@@ -98,9 +98,13 @@ def open_context(
 
 def choose_sequences(context: Context, n_sequences: int) -> NDArray[np.int64]:
     """At most `n_sequences` held-out sequences, drawn by the seed, in store order."""
-    heldout = np.asarray(context.store.sequences("heldout"))
-    drawn = np.random.default_rng(context.seed).permutation(heldout)[:n_sequences]
-    return np.sort(drawn)
+    return draw_sequences(context.store, context.seed, n_sequences)
+
+
+def draw_sequences(store: Store, seed: int, n_sequences: int) -> NDArray[np.int64]:
+    """The same where there is no SAE to evaluate."""
+    heldout = np.asarray(store.sequences("heldout"))
+    return np.sort(np.random.default_rng(seed).permutation(heldout)[:n_sequences])
 
 
 def choose_row_sequences(context: Context, rows: int) -> NDArray[np.int64]:

@@ -10,7 +10,9 @@ row (mean_ablated) and by zeros (zero_ablated):
     recovered_from_zero = the same from ce_zero_ablated
 
 Zero ablation breaks most models far more than the mean does, so recovered_from_zero
-flatters. Source: Gao et al. 2024 (arXiv:2406.04093), section 4.1.
+flatters. `by_position` has kl and delta_ce after each number of tokens read; beyond 64
+of them in 32 groups, each a constant factor longer than the one before.
+Source: Gao et al. 2024 (arXiv:2406.04093), section 4.1.
 """
 
 import contextlib
@@ -28,7 +30,13 @@ from sae_jax.evals.context import (
     choose_sequences,
     iterate_tokens,
 )
-from sae_jax.evals.figures import Array, Figure, mean_figure, ratio_figure
+from sae_jax.evals.figures import (
+    Array,
+    Figure,
+    make_curve,
+    mean_figure,
+    ratio_figure,
+)
 from sae_jax.mesh import replicated
 from sae_jax.subjects import Subject, next_token_loss
 
@@ -44,9 +52,12 @@ MEANINGS = {
 }
 
 
-def compute(context: Context, config: EvaluateConfig) -> dict[str, Figure]:
+_MOST_POSITIONS, _GROUPS = 64, 32
+
+
+def compute(context: Context, config: EvaluateConfig) -> dict[str, Any]:
     """The figures above over `config.sequences` held-out contexts."""
-    nats = _measure(context, config)
+    nats = measure_nats(context, config)
 
     def recovered_from(ablated: str) -> Figure:
         gap_st = nats[ablated] - nats["clean"]
@@ -64,11 +75,46 @@ def compute(context: Context, config: EvaluateConfig) -> dict[str, Figure]:
         "kl": mean_figure(nats["kl"], "tokens"),
         "recovered_from_mean": recovered_from("mean_ablated"),
         "recovered_from_zero": recovered_from("zero_ablated"),
+        "by_position": group_by_position(
+            {"kl": nats["kl"], "delta_ce": nats["sae"] - nats["clean"]}
+        ),
     }
 
 
+def measure_nats(context: Context, config: EvaluateConfig) -> dict[str, Array]:
+    """Nats by kind, each [contexts, positions - 1]: one entry a predicted token.
+
+    `clean`, `sae`, `mean_ablated` and `zero_ablated` are cross-entropies, `kl` is as
+    above. Done once for each context.
+    """
+    key = ("nats", config.sequences, config.batch_sequences)
+    if key not in context.measured:
+        context.measured[key] = _measure(context, config)
+    return context.measured[key]
+
+
+def group_by_position(values: dict[str, Array]) -> Figure:
+    """Means of [contexts, positions] by tokens read; a group is at its mean."""
+    n_positions = next(iter(values.values())).shape[1]
+    edges = np.arange(n_positions + 1)
+    if n_positions > _MOST_POSITIONS:
+        # Of the edges of short groups some fall on the same position.
+        edges = np.geomspace(1, n_positions + 1, _GROUPS + 1).round().astype(int) - 1
+        edges = np.unique(edges)
+
+    def average(values_t: Array) -> Array:
+        return np.add.reduceat(values_t, edges[:-1]) / np.diff(edges)
+
+    return make_curve(
+        average(np.arange(1.0, n_positions + 1)),
+        {name: average(values_st.mean(axis=0)) for name, values_st in values.items()},
+        "tokens read",
+        "nats for the next token",
+        x_log=True,
+    )
+
+
 def _measure(context: Context, config: EvaluateConfig) -> dict[str, Array]:
-    """Nats by kind, each [contexts, positions - 1]: one entry a predicted token."""
     sequences = choose_sequences(context, config.sequences)
     mean_d = jnp.asarray(context.store.statistics(context.site).mean_d, jnp.float32)
     measure_batch = jax.jit(

@@ -1,0 +1,128 @@
+"""Places in held-out contexts, with their rows and codes.
+
+A place is a position of a held-out context, drawn by the seed: at most one of a context
+while there are contexts left. The context is cut to the 64 tokens before the place, and
+the tokens from the place on whose predictions are looked at; the row is that of the cut
+context.
+
+Axes: P places, B of them in a batch, W tokens of the cut context, K latents of a code.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from numpy.typing import NDArray
+
+from sae_jax.evals.config import EvaluateConfig
+from sae_jax.evals.context import Context, Sae, choose_sequences
+from sae_jax.evals.figures import Array
+from sae_jax.mesh import DATA, LATENT, replicated
+from sae_jax.subjects import Subject
+
+_TOKENS_BEFORE = 64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Place:
+    """A position of a context, cut; its row, and what is to be taken out of it."""
+
+    sequence: int
+    tokens_w: NDArray[np.int32]
+    position: int  # in the context
+    inside: int  # the same, in tokens_w
+    row_d: Array
+    latents_k: NDArray[np.int32]  # the active ones
+    parts_kd: NDArray[np.float32]  # what each adds to the reconstruction
+
+
+def read_places(context: Context, config: EvaluateConfig) -> Iterator[Place]:
+    """The places with their rows and codes, read in batches of one shape."""
+    sequences_p, positions_p = _draw_places(context, config)
+    n_window = min(
+        _TOKENS_BEFORE + config.ablation_horizon, context.store.context_length
+    )
+    starts_p = np.maximum(positions_p - (n_window - config.ablation_horizon), 0)
+    n_batch = -(-config.batch_sequences // context.mesh.size) * context.mesh.size
+    read = jax.jit(
+        _read_rows, static_argnames="site", out_shardings=replicated(context.mesh)
+    )
+    for first in range(0, len(sequences_p), n_batch):
+        chosen = slice(first, first + n_batch)
+        starts_b = starts_p[chosen]
+        inside_b = positions_p[chosen] - starts_b
+        tokens_bt = context.store.read_tokens(sequences_p[chosen])
+        window_bw = starts_b[:, None] + np.arange(n_window)
+        tokens_bw = np.take_along_axis(tokens_bt, window_bw, axis=1)
+        missing = n_batch - len(inside_b)
+        batch = (
+            np.pad(tokens_bw, ((0, missing), (0, 0)), mode="edge"),
+            np.pad(inside_b, (0, missing), mode="edge"),
+        )
+        batch = jax.device_put(batch, over_devices(context))
+        read_rows = read(context.sae, context.subject, *batch, site=context.site)
+        rows_bd, values_bk, indices_bk, parts_bkd = jax.device_get(read_rows)
+        for i, inside in enumerate(inside_b):
+            is_active_k = values_bk[i] > 0
+            yield Place(
+                sequence=int(sequences_p[first + i]),
+                tokens_w=tokens_bw[i],
+                position=int(starts_b[i] + inside),
+                inside=int(inside),
+                row_d=rows_bd[i].astype(np.float64),
+                latents_k=indices_bk[i, is_active_k],
+                parts_kd=parts_bkd[i, is_active_k],
+            )
+
+
+def _draw_places(
+    context: Context, config: EvaluateConfig
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Sequences and positions; `ablation_horizon` tokens begin at each position."""
+    n_positions = context.store.context_length - config.ablation_horizon + 1
+    if n_positions < 1:
+        raise ValueError(
+            f"ablation_horizon = {config.ablation_horizon} tokens do not fit the "
+            f"contexts of {context.store.context_length} of {context.store.path}: "
+            "lower ablation_horizon"
+        )
+    sequences = choose_sequences(context, config.ablated_tokens)
+    n_each = min(-(-config.ablated_tokens // len(sequences)), n_positions)
+    drawn_sn = [
+        make_rng(context, sequence).permutation(n_positions)[:n_each]
+        for sequence in sequences
+    ]
+    n_places = min(config.ablated_tokens, n_each * len(sequences))
+    positions_p = np.stack(drawn_sn, axis=1).reshape(-1)[:n_places]
+    return np.tile(sequences, n_each)[:n_places], positions_p
+
+
+def _read_rows(
+    sae: Sae, subject: Subject, tokens_bw: jax.Array, inside_b: jax.Array, site: str
+) -> tuple[jax.Array, ...]:
+    """The rows [B, D], their codes, and what each latent adds to x̂, [B, K, D]."""
+    _, acts = subject.forward(tokens_bw, capture=[site], logits=False)
+    rows_bd = acts[site][jnp.arange(len(inside_b)), inside_b].astype(jnp.float32)
+    code = sae.encode(rows_bd)
+    # x̂ is affine in the values, so a latent adds to b_dec alone what it adds to x̂.
+    alone = dataclasses.replace(
+        code,
+        values=code.values[..., None],
+        indices=code.indices[..., None],
+        shift=code.shift[:, None],
+        scale=code.scale[:, None],
+    )
+    nothing = dataclasses.replace(code, values=jnp.zeros_like(code.values))
+    parts_bkd = sae.decode(alone) - sae.decode(nothing)[:, None]
+    return rows_bd, code.values, code.indices, parts_bkd
+
+
+def over_devices(context: Context) -> NamedSharding:
+    return NamedSharding(context.mesh, PartitionSpec((DATA, LATENT)))
+
+
+def make_rng(context: Context, *place: int) -> np.random.Generator:
+    return np.random.default_rng((context.seed, *map(int, place)))
