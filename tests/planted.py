@@ -33,6 +33,8 @@ class PlantedSubject:
     name: str = dataclasses.field(default="planted", metadata={"static": True})
     identity: str = dataclasses.field(default="0" * 64, metadata={"static": True})
 
+    vocab_size = VOCAB
+
     def forward(self, tokens_bt, capture=(), replace=None, logits=True):
         sums_btd = jnp.cumsum(self.embed_vd[tokens_bt], axis=1)
         acts_btd = sums_btd / (1 + jnp.arange(tokens_bt.shape[1]))[:, None]
