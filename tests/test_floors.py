@@ -22,6 +22,7 @@ FLOORS = (
         "normalize",
         "losses",
         "scaling",
+        "logistic",
         "firing",
         "geometric_median",
         "optim",

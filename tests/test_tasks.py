@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sae_jax.tasks import Example, read_examples, write_examples
+from sae_jax.tasks import Example, list_kinds, read_examples, write_examples
 from sae_jax.text import is_heldout
 
 # Two rows of each class on each side.
@@ -147,3 +147,48 @@ def test_the_command_writes_what_can_be_read(tmp_path):
         "0 are no Python"
     )
     assert last == "t.jsonl" and all(f"\n{task} " in done.stdout for task in tasks)
+
+
+def _pair(**changed):
+    rows = [
+        {"task": "p", "text": f"t{i}{side}", "label": label, "spurious": other}
+        | {"heldout": side}
+        for i in range(2)
+        for side in (0, 1)
+        for other in (0, 1)
+        for label in (0, 1)
+    ]
+    return [row | changed if i == 3 else row for i, row in enumerate(rows)]
+
+
+def test_a_pair_round_trips(tmp_path):
+    path = _write(tmp_path / "pair.jsonl", *_dump(_pair()))
+    examples = read_examples(path)
+    assert [example.kind for example in examples[:4]] == list_kinds(is_pair=True)
+    write_examples(tmp_path / "again.jsonl", examples)
+    assert read_examples(tmp_path / "again.jsonl") == examples
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"spurious": 2}, "spurious is 2: give 0, 1"),
+        (
+            {"spurious": 0},
+            "has 1 train rows of label 1, spurious 1 and 2 of label 0, spurious 1 "
+            "and 3 of label 1, spurious 0 and 2 of label 0, spurious 0: give at least",
+        ),
+    ],
+)
+def test_a_pair_has_rows_of_four_kinds(tmp_path, changed, message):
+    path = _write(tmp_path / "pair.jsonl", *_dump(_pair(**changed)))
+    with pytest.raises(ValueError, match=message):
+        read_examples(path)
+
+
+def test_a_task_is_a_pair_or_is_not(tmp_path):
+    rows = _pair()
+    del rows[5]["spurious"]
+    path = _write(tmp_path / "pair.jsonl", *_dump(rows))
+    with pytest.raises(ValueError, match="'p' has rows with `spurious` and rows with"):
+        read_examples(path)

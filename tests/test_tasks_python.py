@@ -202,3 +202,25 @@ def test_refusals():
         python_examples(documents, 1000, seed=0)
     with pytest.raises(ValueError, match="15 rows of a task .*ask for 16 or more"):
         python_examples(documents, 15, seed=0)
+
+
+def test_pairs_have_as_many_rows_of_each_of_four_kinds(generated):
+    assert len({example.task for example in generated.pairs}) >= 5
+    for task in {example.task for example in generated.pairs}:
+        of_task = [example for example in generated.pairs if example.task == task]
+        for side in (False, True):
+            kinds = Counter(e.kind for e in of_task if e.is_heldout == side)
+            assert len(kinds) == 4 and len(set(kinds.values())) == 1, task
+
+
+def test_both_labels_of_a_pair_are_those_of_its_tasks(generated):
+    """Tokens that a task and a pair both ask about have the same answers."""
+    asked = {(e.task, e.text, e.position): e.label for e in generated.examples}
+    n_shared = 0
+    for example in generated.pairs:
+        wanted, other = example.task.split(", not ")
+        for task, label in ((wanted, example.label), (other, example.spurious)):
+            known = asked.get((task, example.text, example.position))
+            n_shared += known is not None
+            assert known in (None, label)
+    assert n_shared > 5

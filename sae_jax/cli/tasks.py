@@ -44,6 +44,6 @@ def main(argv: Sequence[str]) -> None:
         _ROWS.value,
         _SEED.value,
     )
-    write_examples(_OUT.value, generated.examples)
+    write_examples(_OUT.value, generated.examples + generated.pairs)
     print(format_counts(generated))
     print(f"\n{_OUT.value}")

@@ -17,7 +17,19 @@ from typing import Any
 from jax.sharding import Mesh
 
 from sae_jax.config import nearest_name, sparsity
-from sae_jax.evals import averaging, density, downstream, reconstruction
+from sae_jax.evals import (
+    ablation,
+    absorption,
+    averaging,
+    density,
+    downstream,
+    equivalent_compute,
+    explanations,
+    perturbation,
+    reconstruction,
+    sparse_probing,
+    spurious,
+)
 from sae_jax.evals.config import EvaluateConfig
 from sae_jax.evals.context import Context, Sae, choose_row_sequences, open_context
 from sae_jax.evals.table import format_name, format_table, format_value
@@ -42,13 +54,17 @@ METRICS: dict[str, types.ModuleType] = {
     "averaging": averaging,
     "density": density,
     "downstream": downstream,
+    "equivalent_compute": equivalent_compute,
+    "explanations": explanations,
+    "ablation": ablation,
+    "sparse_probing": sparse_probing,
+    "absorption": absorption,
+    "spurious": spurious,
+    "perturbation": perturbation,
 }
 _CORE = ("reconstruction", "averaging", "density", "downstream")
-SUITES = {
-    "core": _CORE,
-    "paper": _CORE,
-    "all": tuple(METRICS),
-}
+_PAPER = (*_CORE, "equivalent_compute", "explanations", "ablation")
+SUITES = {"core": _CORE, "paper": _PAPER, "all": tuple(METRICS)}
 MEANINGS: dict[str, str] = {
     name: meaning
     for metric in METRICS.values()

@@ -10,6 +10,7 @@ there is, lies before what is asked about.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from sae_jax.tasks import (
     LEAST_TASK_ROWS,
     TASK_HELDOUT_EVERY,
     Example,
+    list_kinds,
     python_examples,
     read_examples,
 )
@@ -44,6 +46,7 @@ class TaskRows:
     labels_n: NDArray[np.bool_]
     heldout_n: NDArray[np.bool_]
     texts_n: Ids  # which text a row is of: rows of one text resemble each other
+    spurious_n: NDArray[np.bool_] | None = None  # of a pair, who has the other concept
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,13 +60,23 @@ class _Plan:
 
 
 def measure_task_rows(context: Context, config: EvaluateConfig) -> list[TaskRows]:
-    """The rows of every task, done once for each context.
+    """The rows of every task but pairs, done once for each context.
 
     Raises:
         FileNotFoundError: `config.tasks` is not there.
         ValueError: it is no file of tasks; a task has too few rows; the subject's
             activations are not as wide as the SAE.
     """
+    return [task for task in _measure_once(context, config) if task.spurious_n is None]
+
+
+def measure_pair_rows(context: Context, config: EvaluateConfig) -> list[TaskRows]:
+    """The rows of every pair of concepts, as many of each of four kinds."""
+    every = _measure_once(context, config)
+    return [task for task in every if task.spurious_n is not None]
+
+
+def _measure_once(context: Context, config: EvaluateConfig) -> list[TaskRows]:
     key = ("task_rows", config.tasks, config.task_rows, config.batch_sequences)
     if key not in context.measured:
         context.measured[key] = _measure(context, config)
@@ -93,16 +106,23 @@ def _measure(context: Context, config: EvaluateConfig) -> list[TaskRows]:
                 np.array([example.label for example in drawn]),
                 np.array([example.is_heldout for example in drawn]),
                 texts_n[its],
+                _list_spurious(drawn),
             )
         )
         start += len(drawn)
     return task_rows
 
 
+def _list_spurious(examples: Sequence[Example]) -> NDArray[np.bool_] | None:
+    if examples[0].spurious is None:
+        return None
+    return np.array([bool(example.spurious) for example in examples])
+
+
 def _draw_examples(
     context: Context, config: EvaluateConfig
 ) -> dict[str, list[Example]]:
-    """Of every task at most `config.task_rows`, half of each class on each side."""
+    """Of every task at most `config.task_rows`, as many of each kind on each side."""
     n_heldout = config.task_rows // 2 // TASK_HELDOUT_EVERY
     if config.task_rows < LEAST_TASK_ROWS:
         raise ValueError(
@@ -110,20 +130,22 @@ def _draw_examples(
             f"too few: make it at least {LEAST_TASK_ROWS}"
         )
     wanted = {False: config.task_rows // 2 - n_heldout, True: n_heldout}
-    by_task: dict[str, dict[bool, dict[bool, list[int]]]] = {}
+    by_task: dict[str, dict[bool, dict[Any, list[int]]]] = {}
     examples = _find_examples(context, config)
     for index, example in enumerate(examples):
+        kinds = list_kinds(example.spurious is not None)
         sides = by_task.setdefault(
-            example.task, {side: {False: [], True: []} for side in wanted}
+            example.task, {side: {kind: [] for kind in kinds} for side in wanted}
         )
-        sides[example.is_heldout][example.label].append(index)
+        sides[example.is_heldout][example.kind].append(index)
     drawn: dict[str, list[Example]] = {}
     for name, sides in by_task.items():
         rng = np.random.default_rng([context.seed, hash_name(name)])
         chosen: list[int] = []
-        for side, classes in sides.items():
-            n_rows = min(wanted[side], *map(len, classes.values()))
-            for indices in classes.values():
+        for side, kinds_of_side in sides.items():
+            n_kind = 2 * wanted[side] // len(kinds_of_side)
+            n_rows = min(n_kind, *map(len, kinds_of_side.values()))
+            for indices in kinds_of_side.values():
                 chosen += rng.permutation(indices)[:n_rows].tolist()
         drawn[name] = [examples[index] for index in sorted(chosen)]
     return drawn
@@ -138,7 +160,8 @@ def _find_examples(context: Context, config: EvaluateConfig) -> list[Example]:
         for document in read_standard_library()
         if is_heldout(document.name, every)
     ]
-    return python_examples(documents, config.task_rows, context.seed).examples
+    generated = python_examples(documents, config.task_rows, context.seed)
+    return generated.examples + generated.pairs
 
 
 def _plan(

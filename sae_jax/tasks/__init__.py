@@ -8,6 +8,7 @@ from sae_jax.tasks.examples import (
     LEAST_TASK_ROWS,
     TASK_HELDOUT_EVERY,
     Example,
+    list_kinds,
     read_examples,
     write_examples,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "Task",
     "TaskCounts",
     "format_counts",
+    "list_kinds",
     "python_examples",
     "read_examples",
     "write_examples",

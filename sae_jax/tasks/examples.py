@@ -5,6 +5,9 @@
 `position` is the index of a character of the text: what is asked is asked about the
 token that holds it; without it, about the last. `label` is 0, 1, false or true. Without
 `heldout`, one text in four is held out, by its hash. A text is on one side only.
+
+An example of a pair of concepts also has `spurious`: whether the token has the other
+concept, which should not matter to the label.
 """
 
 import json
@@ -22,7 +25,7 @@ TASK_HELDOUT_EVERY = 4
 MIN_ROWS = 2  # of each class, on each side: with fewer nothing is measured
 # What a cap on a task's rows must leave room for.
 LEAST_TASK_ROWS = 2 * MIN_ROWS * TASK_HELDOUT_EVERY
-_FIELDS = ("task", "text", "position", "label", "heldout")
+_FIELDS = ("task", "text", "position", "label", "heldout", "spurious")
 _SIDES = ("train", "held-out")
 
 
@@ -35,6 +38,12 @@ class Example:
     position: int  # of the character whose token is asked about
     label: bool
     is_heldout: bool
+    spurious: bool | None = None  # of a pair, whether it has the other concept
+
+    @property
+    def kind(self) -> tuple[bool | None, bool]:
+        """Of these, a task has two, or of a pair four."""
+        return self.spurious, self.label
 
 
 def read_examples(path: str | Path) -> list[Example]:
@@ -73,19 +82,27 @@ def read_examples(path: str | Path) -> list[Example]:
 
 def write_examples(path: str | Path, examples: Sequence[Example]) -> None:
     """Writes the file that `read_examples` reads."""
-    lines = [
-        json.dumps(
-            {
-                "task": example.task,
-                "text": example.text,
-                "position": example.position,
-                "label": int(example.label),
-                "heldout": example.is_heldout,
-            }
-        )
-        for example in examples
-    ]
+    lines = [json.dumps(_to_json(example)) for example in examples]
     write_whole(path, "".join(line + "\n" for line in lines))
+
+
+def list_kinds(is_pair: bool) -> list[tuple[bool | None, bool]]:
+    """All kinds that a task's examples have."""
+    others = (False, True) if is_pair else (None,)
+    return [(other, label) for other in others for label in (False, True)]
+
+
+def _to_json(example: Example) -> dict[str, Any]:
+    fields = {
+        "task": example.task,
+        "text": example.text,
+        "position": example.position,
+        "label": int(example.label),
+        "heldout": example.is_heldout,
+    }
+    if example.spurious is not None:
+        fields["spurious"] = int(example.spurious)
+    return fields
 
 
 def _read_example(line: bytes, where: str) -> Example:
@@ -112,6 +129,9 @@ def _read_example(line: bytes, where: str) -> Example:
         position=_read_position(fields, text, where),
         label=_read_bool(fields, "label", where),
         is_heldout=_read_bool({"heldout": heldout}, "heldout", where),
+        spurious=(
+            _read_bool(fields, "spurious", where) if "spurious" in fields else None
+        ),
     )
 
 
@@ -144,17 +164,35 @@ def _read_position(fields: dict[str, Any], text: str, where: str) -> int:
 
 def _check_rows(examples: Sequence[Example], path: Path) -> None:
     counts = Counter(
-        (example.task, example.is_heldout, example.label) for example in examples
+        (example.task, example.is_heldout, example.kind) for example in examples
     )
     for task in dict.fromkeys(task for task, _, _ in counts):
+        kinds = {kind for name, _, kind in counts if name == task}
+        is_pair = any(spurious is not None for spurious, _ in kinds)
+        if is_pair and any(spurious is None for spurious, _ in kinds):
+            raise ValueError(
+                f"{path}: task {task!r} has rows with `spurious` and rows without: "
+                "give it to all of them, or to none"
+            )
         for side, name in enumerate(_SIDES):
-            n_negative = counts[task, bool(side), False]
-            n_positive = counts[task, bool(side), True]
-            if min(n_negative, n_positive) < MIN_ROWS:
+            kinds_there_are = list_kinds(is_pair)[::-1]
+            n_rows = [counts[task, bool(side), kind] for kind in kinds_there_are]
+            if min(n_rows) < MIN_ROWS:
+                has = [
+                    f"{n} of {_name_kind(kind)}"
+                    for n, kind in zip(n_rows, kinds_there_are, strict=True)
+                ]
+                has[0] = has[0].replace(" of", f" {name} rows of")
                 raise ValueError(
-                    f"{path}: task {task!r} has {n_positive} {name} rows of label 1 "
-                    f"and {n_negative} of label 0: give at least {MIN_ROWS} of each"
+                    f"{path}: task {task!r} has {' and '.join(has)}: give at least "
+                    f"{MIN_ROWS} of each"
                 )
+
+
+def _name_kind(kind: tuple[bool | None, bool]) -> str:
+    spurious, label = kind
+    named = f"label {int(label)}"
+    return named if spurious is None else f"{named}, spurious {int(spurious)}"
 
 
 def _show(value: Any) -> str:

@@ -209,6 +209,24 @@ TASKS = tuple(
     for among, (population, tasks) in _TABLE.items()
     for name, label, meaning in tasks
 )
+_BY_NAME = {task.name: task for task in TASKS}
+
+# Pairs of tasks of one population: one is wanted, the other spurious.
+PAIRS: tuple[tuple[Task, Task], ...] = tuple(
+    (_BY_NAME[wanted], _BY_NAME[spurious])
+    for wanted, spurious in (
+        ("loop_body", "method"),
+        ("method", "loop_body"),
+        ("if_body", "argument"),
+        ("argument", "if_body"),
+        ("attribute", "if_body"),
+        ("if_body", "attribute"),
+        ("bracketed", "method"),
+        ("method", "bracketed"),
+        ("assigned_value", "attribute"),
+        ("then_newline", "method"),
+    )
+)
 
 
 def split_classes(
@@ -221,3 +239,15 @@ def split_classes(
         holds_n = facts[fact.removeprefix("-")]
         belongs_n &= ~holds_n if fact.startswith("-") else holds_n
     return np.flatnonzero(belongs_n & ~label_n), np.flatnonzero(belongs_n & label_n)
+
+
+def split_kinds(
+    pair: tuple[Task, Task], facts: Facts
+) -> tuple[NDArray[np.int64], ...]:
+    """Tokens with neither of a pair, with the wanted, the spurious, and both."""
+    wanted, spurious = (split_classes(task, facts) for task in pair)
+    return tuple(
+        np.intersect1d(wanted[label], spurious[other])
+        for other in (0, 1)
+        for label in (0, 1)
+    )

@@ -10,6 +10,7 @@ A document gives as many positives as negatives to a task, and documents give as
 as they can: so neither a document's style nor its length tells the label.
 """
 
+import dataclasses
 import itertools
 import re
 import textwrap
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae_jax.tasks.examples import LEAST_TASK_ROWS, TASK_HELDOUT_EVERY, Example
-from sae_jax.tasks.labels import TASKS, Task, split_classes
+from sae_jax.tasks.labels import PAIRS, TASKS, Task, split_classes, split_kinds
 from sae_jax.tasks.lexical import Facts
 from sae_jax.tasks.source import Source, read_source
 from sae_jax.tasks.tokens import find_lines
@@ -56,6 +57,7 @@ class PythonExamples:
     """Examples in the order of their tasks, and how they came about."""
 
     examples: list[Example]
+    pairs: list[Example]  # of two concepts, as many of each of four kinds
     tasks: list[TaskCounts]
     left_out: list[Task]  # with too few rows or documents
     n_documents: int
@@ -75,11 +77,15 @@ class _Pool:
 
 
 class _Row(NamedTuple):
-    """A token of a document, as an index into its pool."""
+    """A token of a document, as an index into its pool, and which kind it is."""
 
     pool: int
     token: int
-    label: bool
+    kind: int
+
+    @property
+    def label(self) -> bool:
+        return bool(self.kind % 2)
 
 
 def python_examples(
@@ -111,8 +117,15 @@ def python_examples(
             f"{len(documents)} documents, {len(pools)} of them Python, carry none of "
             f"the {len(TASKS)} tasks: give more Python source, in many files"
         )
+    pairs = [
+        example
+        for pair in PAIRS
+        for example in _draw_pair(pair, pools, rows_per_task, seed)
+    ]
     n_passed_over = len(documents) - len(pools)
-    return PythonExamples(examples, kept, left_out, len(documents), n_passed_over)
+    return PythonExamples(
+        examples, pairs, kept, left_out, len(documents), n_passed_over
+    )
 
 
 def format_counts(generated: PythonExamples) -> str:
@@ -235,10 +248,35 @@ def _draw_task(
     return counts, examples
 
 
+def _draw_pair(
+    pair: tuple[Task, Task], pools: Sequence[_Pool], n_rows: int, seed: int
+) -> list[Example]:
+    """Rows with neither of two concepts, with either, and with both, equally many."""
+    name = f"{pair[0].name}, not {pair[1].name}"
+    rng = np.random.default_rng([seed, hash_name(name)])
+    kinds = [split_kinds(pair, pool.facts) for pool in pools]
+    n_heldout = n_rows // 4 // TASK_HELDOUT_EVERY
+    sides = [
+        _draw_side(side, pools, kinds, n, rng)[0]
+        for side, n in enumerate((n_rows // 4 - n_heldout, n_heldout))
+    ]
+    if not all(sides):
+        return []
+    return [
+        dataclasses.replace(
+            _make_example(pair[0], pools[row.pool], row),
+            task=name,
+            spurious=row.kind >= 2,
+        )
+        for side in sides
+        for row in side
+    ]
+
+
 def _draw_side(
     side: int,
     pools: Sequence[_Pool],
-    classes: Sequence[tuple[Indices, Indices]],
+    classes: Sequence[tuple[Indices, ...]],
     wanted: int,
     rng: np.random.Generator,
 ) -> tuple[list[_Row], int]:
@@ -258,9 +296,9 @@ def _draw_side(
     order = [int(index) for index in rng.permutation(list(available))]
     shares = _share([available[index] for index in order], wanted)
     for index, share in sorted(zip(order, shares, strict=True)):
-        for label, tokens in enumerate(classes[index]):
+        for kind, tokens in enumerate(classes[index]):
             drawn = np.sort(rng.permutation(tokens)[:share])
-            rows += [_Row(index, int(token), bool(label)) for token in drawn]
+            rows += [_Row(index, int(token), kind) for token in drawn]
     return rows, n_documents
 
 
