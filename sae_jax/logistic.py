@@ -27,7 +27,7 @@ from jax import lax
 from jax.scipy.sparse.linalg import cg
 
 RIDGE = 1e-4
-_MAX_EVALUATIONS = 25  # of gradient and Hessian; most probes need 6 or 7
+_MAX_EVALUATIONS = 25  # of gradient and Hessian; 10 are enough for most
 _LEAST_GAIN = 1e-8  # nats: steps that promise less are not taken
 _LONGEST = 8.0  # a step in any parameter, where the Hessian all but vanishes
 _STEEPEST_RISE = 0.25  # relative to the fall at the start of a step
@@ -175,7 +175,7 @@ def _minimise(derive: Derive, start_p: jax.Array) -> jax.Array:
 
 
 def _mean_loss(logits_n: jax.Array, y_n: jax.Array, m_n: jax.Array) -> jax.Array:
-    wrong_n = jnp.where(y_n < 0, -logits_n, logits_n)
+    wrong_n = jnp.where(y_n > 0, -logits_n, logits_n)
     return jnp.sum(m_n * jax.nn.softplus(wrong_n), axis=0)
 
 

@@ -107,11 +107,23 @@ def test_a_changed_file_is_measured_again(run, tmp_path):
     run_dir, asked = run
     family = tmp_path / "family.csv"
     config = EvaluateConfig(rows=100, batch_rows=4 * T, family=str(family))
-    for text, n_done in (("compute,loss\n", 1), ("compute,loss\n1,2\n", 1)):
-        family.write_text(text)
+    for last_loss in (3.0, 2.5):
+        family.write_text(f"compute,loss\n1,5\n2,4\n4,{last_loss}\n")
         asked.clear()
         _evaluate(run_dir, config=config, report=False)
-        assert asked.count("density") == n_done
+        assert asked.count("density") == 1
+
+
+def test_a_file_that_is_wrong_is_refused_before_anything_is_measured(run, tmp_path):
+    run_dir, asked = run
+    wrong = tmp_path / "wrong"
+    wrong.write_text("no such thing")
+    for name in ("family", "tasks", "directions"):
+        with pytest.raises(ValueError, match="wrong"):
+            _evaluate(run_dir, config=EvaluateConfig(**{name: str(wrong)}))
+    with pytest.raises(FileNotFoundError, match="wrong: neither a run folder"):
+        _evaluate(run_dir, config=EvaluateConfig(against=str(wrong)))
+    assert not set(asked) & set(METRICS)
 
 
 def test_of_a_checkpoint_the_results_have_their_own_folder(run):

@@ -23,6 +23,8 @@ FLOORS = (
         "losses",
         "scaling",
         "logistic",
+        "directions",
+        "matching",
         "firing",
         "geometric_median",
         "optim",

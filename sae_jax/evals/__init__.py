@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import platform
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,16 +27,21 @@ from sae_jax.evals import (
     equivalent_compute,
     explanations,
     perturbation,
+    probes,
     reconstruction,
+    recovery,
     sparse_probing,
     spurious,
 )
 from sae_jax.evals.config import EvaluateConfig
 from sae_jax.evals.context import Context, Sae, choose_row_sequences, open_context
+from sae_jax.evals.family import read_family
 from sae_jax.evals.table import format_name, format_table, format_value
 from sae_jax.files import write_whole
+from sae_jax.run import CONFIG_FILE, locate
 from sae_jax.store import Store
 from sae_jax.subjects import Subject
+from sae_jax.tasks import read_examples
 
 __all__ = [
     "MEANINGS",
@@ -55,15 +61,17 @@ METRICS: dict[str, types.ModuleType] = {
     "density": density,
     "downstream": downstream,
     "equivalent_compute": equivalent_compute,
+    "probes": probes,
     "explanations": explanations,
     "ablation": ablation,
+    "recovery": recovery,
     "sparse_probing": sparse_probing,
     "absorption": absorption,
     "spurious": spurious,
     "perturbation": perturbation,
 }
 _CORE = ("reconstruction", "averaging", "density", "downstream")
-_PAPER = (*_CORE, "equivalent_compute", "explanations", "ablation")
+_PAPER = (*_CORE, "equivalent_compute", "probes", "explanations", "ablation")
 SUITES = {"core": _CORE, "paper": _PAPER, "all": tuple(METRICS)}
 MEANINGS: dict[str, str] = {
     name: meaning
@@ -118,6 +126,7 @@ def evaluate(
             "load it on the mesh that evaluates it"
         )
     context = open_context(sae, subject, store, seed, progress, raw)
+    _check_files(context, config)
     results = _describe(context, config) | dict(about or {})
     done = _read_done(Path(file), results) if file else {}
     results["metrics"] = done
@@ -129,6 +138,18 @@ def evaluate(
         if file:
             write_whole(file, json.dumps(results, indent=2, allow_nan=False) + "\n")
     return results
+
+
+def _check_files(context: Context, config: EvaluateConfig) -> None:
+    """Reads every file that the config names, so that none is refused hours later."""
+    if config.family:
+        read_family(config.family)
+    if config.tasks:
+        read_examples(config.tasks)
+    if config.directions:
+        recovery.read_directions(config.directions, context.sae.d_model)
+    if config.against:
+        recovery.open_other(context, config.against)
 
 
 def _describe(context: Context, config: EvaluateConfig) -> dict[str, Any]:
@@ -154,17 +175,23 @@ def _describe(context: Context, config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _identify_files(config: EvaluateConfig) -> dict[str, str]:
-    """A hash of each file that the config names."""
+    """A hash of each file that the config names; of a run, of its config."""
     paths = {
         field.name: Path(getattr(config, field.name))
         for field in dataclasses.fields(config)
         if field.type is str and getattr(config, field.name)
     }
-    return {
+    if "against" in paths:
+        workdir, step = locate(paths["against"])
+        paths["against"] = workdir / CONFIG_FILE
+    hashes = {
         name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         for name, path in paths.items()
-        if path.is_file()
     }
+    if "against" in paths:
+        hashes["against"] += f" step {step}"
+    # Generated tasks are made of this Python's standard library, by its own parser.
+    return hashes if config.tasks else hashes | {"python": platform.python_version()}
 
 
 def _read_done(file: Path, results: Mapping[str, Any]) -> dict[str, Any]:

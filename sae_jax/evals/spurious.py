@@ -38,6 +38,7 @@ from sae_jax.evals.context import Context
 from sae_jax.evals.figures import average_figure, make_table, ratio_figure
 from sae_jax.evals.perturbation import NS, choose_channels, find_channel_shares
 from sae_jax.evals.task_rows import TaskRows, measure_pair_rows
+from sae_jax.progress import Progress
 
 MEANINGS = {
     "spurious_fair_accuracy": "of a probe that the spurious concept did not mislead",
@@ -58,7 +59,13 @@ def compute(context: Context, config: EvaluateConfig) -> dict[str, Any]:
     pairs = measure_pair_rows(context, config)
     if not pairs:
         return {}
-    by_pair = [_measure_pair(context, pair) for pair in pairs]
+    by_pair: list[dict[str, float]] = []
+    quiet = dataclasses.replace(context, progress=False)
+    shown = Progress(len(pairs), "pairs", "spurious", is_shown=context.progress)
+    with shown as progress:
+        for pair in pairs:
+            by_pair.append(_measure_pair(quiet, pair))
+            progress.update(len(by_pair))
     kept = [of for of in by_pair if of["fair"] > of["biased"]]
     figures = {
         f"spurious_{name}_accuracy": average_figure(
