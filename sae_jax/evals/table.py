@@ -24,9 +24,9 @@ def format_table(results: Mapping[str, Any]) -> str:
     for metric, figures in results["metrics"].items():
         values = {name: fig for name, fig in figures.items() if "value" in fig}
         if values:
-            lines += ["", f"{metric:<28}{'value':>10}{'± 95 %':>10}  over"]
+            lines += ["", f"{metric:<30}{'value':>9}{'± 95 %':>10}  over"]
         for name, figure in values.items():
-            lines.append(f"  {name:<26}" + _format_figure(figure))
+            lines.append(f"  {name:<28}" + _format_figure(figure))
     return "\n".join(lines)
 
 
@@ -48,4 +48,4 @@ def format_value(value: float) -> str:
 def _format_figure(figure: Mapping[str, Any]) -> str:
     interval = "" if figure["ci95"] is None else format_value(figure["ci95"])
     over = f"{figure['samples']:,} {figure['unit']}"
-    return f"{format_value(figure['value']):>10}{interval:>10}  {over}"
+    return f"{format_value(figure['value']):>9}{interval:>10}  {over}"
