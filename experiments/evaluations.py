@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from absl import app, flags
+from runs import print_header, print_row
 
 import sae_jax
 from sae_jax import baselines
-from sae_jax.compare import compare, format_rows
+from sae_jax.compare import compare, list_names
 from sae_jax.config import DataConfig, OptimizerConfig, SaeConfig, TrainConfig
-from sae_jax.evals import SUITES, evaluate
+from sae_jax.evals import SUITES, evaluate, format_value
+from sae_jax.evals.figures import Figure
 from sae_jax.evaluation import EVALUATION_FILE, evaluate_run
 from sae_jax.saes import Sae
 from sae_jax.store import Store
@@ -66,7 +68,19 @@ def main(argv: list[str]) -> None:
         subject = sae_jax.load_subject()
         evaluate(sae, subject, store, SUITES["paper"], progress=True, file=file)
         folders.append(folder)
-    print(format_rows(compare(folders, out)))
+    rows = compare(folders, out)
+    names = list_names(rows)
+    print_header(("SAE", *names))
+    for row in rows:
+        print_row((row.name, *(format_figure(row.figures.get(n)) for n in names)))
+
+
+def format_figure(figure: Figure | None) -> str:
+    """Value ± its 95 % interval; nothing where it was not measured."""
+    if figure is None:
+        return ""
+    value, ci95 = figure["value"], figure["ci95"]
+    return format_value(value) + (f" ± {format_value(ci95)}" if ci95 else "")
 
 
 def make_baselines(store: Store) -> Iterator[tuple[str, Sae]]:

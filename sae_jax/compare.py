@@ -26,6 +26,15 @@ COMPARED = (
     "dead_fraction",
     "delta_ce",
     "recovered_from_mean",
+    "equivalent_compute_share",
+    "probe_loss",
+    "n2g_f1",
+    "ablation_sparsity",
+    "task_decoder_cosine",
+    "sparse_accuracy_1",
+    "absorption_fraction",
+    "spurious_removed_5",
+    "targeting_5",
 )
 # What must be the same for figures to be comparable.
 _SAME = ("corpus", "subject", "site", "seed", "rows", "settings", "files")
