@@ -147,24 +147,26 @@ def _measure_batch(
         return logits_btv
 
     clean_btv = predict(None)
-    sae_btv = predict(Partial(_reconstruct, sae))
+    sae_btv = predict(Partial(reconstruct, sae))
     log_clean_btv = jax.nn.log_softmax(clean_btv[:, :-1].astype(jnp.float32))
     log_sae_btv = jax.nn.log_softmax(sae_btv[:, :-1].astype(jnp.float32))
     difference_btv = log_clean_btv - log_sae_btv
     return {
         "clean": next_token_loss(clean_btv, tokens_bt),
         "sae": next_token_loss(sae_btv, tokens_bt),
-        "mean_ablated": next_token_loss(predict(Partial(_ablate, mean_d)), tokens_bt),
+        "mean_ablated": next_token_loss(predict(Partial(ablate, mean_d)), tokens_bt),
         "zero_ablated": next_token_loss(
-            predict(Partial(_ablate, jnp.zeros_like(mean_d))), tokens_bt
+            predict(Partial(ablate, jnp.zeros_like(mean_d))), tokens_bt
         ),
         "kl": jnp.sum(jnp.exp(log_clean_btv) * difference_btv, axis=-1),
     }
 
 
-def _reconstruct(sae: Sae, acts_btd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
+def reconstruct(sae: Sae, acts_btd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
+    """What the SAE makes of the rows, to replace them with."""
     return sae.decode(sae.encode(acts_btd.astype(jnp.float32)))
 
 
-def _ablate(value_d: jax.Array, acts_btd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
+def ablate(value_d: jax.Array, acts_btd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
+    """The same row everywhere, to replace the rows with."""
     return jnp.broadcast_to(value_d, acts_btd.shape)

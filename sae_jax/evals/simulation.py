@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from sae_jax.evals.config import EvaluateConfig
 from sae_jax.evals.context import Context, Sae, iterate_rows, iterate_tokens
+from sae_jax.evals.downstream import ablate, reconstruct
 from sae_jax.evals.figures import Array, Figure, mean_figure
 from sae_jax.evals.firings import Firings
 from sae_jax.evals.ngrams import predict_tokens
@@ -219,15 +220,11 @@ def _measure_batch(
 
     return {
         "clean": lose(None),
-        "sae": lose(Partial(_reconstruct, sae)),
+        "sae": lose(Partial(reconstruct, sae)),
         "simulated": lose(Partial(_rebuild, sae, code, None)),
         "patterns_alone": lose(Partial(_rebuild, sae, code, common)),
-        "mean_ablated": lose(Partial(_ablate, mean_d)),
+        "mean_ablated": lose(Partial(ablate, mean_d)),
     }
-
-
-def _reconstruct(sae: Sae, acts_btd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
-    return sae.decode(sae.encode(acts_btd.astype(jnp.float32)))
 
 
 def _rebuild(
@@ -246,7 +243,3 @@ def _rebuild(
     return sae.decode(
         SparseCode(values_btk, indices_btk, shift_bt1, scale_bt1, n_cut_bt1)
     )
-
-
-def _ablate(value_d: jax.Array, acts_btd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(value_d, acts_btd.shape)
