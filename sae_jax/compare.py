@@ -1,7 +1,8 @@
 """Many SAEs side by side: a table, and frontiers of each figure against L0.
 
 Only what was measured on the same rows can be compared, so evaluations that differ in
-store, subject, site, seed or settings are refused.
+text, subject, site or seed are refused, and so are those of a metric that both have by
+different settings.
 """
 
 import json
@@ -36,8 +37,9 @@ COMPARED = (
     "spurious_removed_5",
     "targeting_5",
 )
-# What must be the same for figures to be comparable.
-_SAME = ("corpus", "subject", "site", "seed", "rows", "settings", "files")
+# What must be the same for figures to be comparable, and settings that need not be.
+_SAME = ("corpus", "subject", "site", "seed")
+_MAY_DIFFER = ("batch_rows", "against", "against_hash")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def compare(folders: Sequence[str | Path], out: str | Path | None = None) -> lis
     results = [_read(Path(folder)) for folder in folders]
     for folder, result in zip(folders, results, strict=True):
         _check_same(str(folders[0]), results[0], str(folder), result)
+    _check_settings(folders, results)
     names = _name(folders)
     rows = [_make_row(name, result) for name, result in zip(names, results)]
     rows.sort(key=lambda row: (row.n_latents, row.figures["l0"]["value"], row.name))
@@ -123,6 +126,23 @@ def _check_same(
                 f"{folder} was evaluated with {name} {_show(found, wanted, name)}, "
                 f"{first} with {_show(wanted, found, name)}: evaluate them alike"
             )
+
+
+def _check_settings(
+    folders: Sequence[str | Path], results: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuses metrics that were measured by different settings."""
+    first: dict[str, tuple[str | Path, dict[str, Any]]] = {}
+    for folder, result in zip(folders, results, strict=True):
+        for metric, every in result["settings"].items():
+            settings = {n: v for n, v in every.items() if n not in _MAY_DIFFER}
+            other, wanted = first.setdefault(metric, (folder, settings))
+            for name, value in wanted.items():
+                if settings.get(name) != value:
+                    raise ValueError(
+                        f"{metric} was measured with {name} = {settings.get(name)} in "
+                        f"{folder}, with {value} in {other}: evaluate them alike"
+                    )
 
 
 def _show(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> str:

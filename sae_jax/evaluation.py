@@ -7,7 +7,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from sae_jax.checkpoint import FOLDER
-from sae_jax.evals import SUITES, EvaluateConfig, evaluate
+from sae_jax.evals import EvaluateConfig, evaluate
 from sae_jax.mesh import make_mesh
 from sae_jax.report import write_report
 from sae_jax.run import CONFIG_FILE, METRICS_FILE, load, locate, read_config
@@ -74,7 +74,7 @@ def evaluate_run(
         sae,
         model,
         opened,
-        SUITES[suite],
+        suite,
         seed=seed,
         config=config,
         progress=progress,

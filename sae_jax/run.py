@@ -51,6 +51,12 @@ def locate(path: str | Path) -> tuple[Path, int]:
     path = Path(path)
     if path.parent.name == FOLDER and path.name.isdigit() and path.is_dir():
         return path.parent.parent, int(path.name)
+    if path.parent.name == FOLDER and path.parent.is_dir():
+        steps = sorted(int(p.name) for p in path.parent.iterdir() if p.name.isdigit())
+        raise FileNotFoundError(
+            f"no checkpoint {path.name} in {path.parent}: it has those of the steps "
+            f"{', '.join(map(str, steps)) or 'none'}"
+        )
     if not (path / FOLDER).is_dir():
         raise FileNotFoundError(
             f"{path}: neither a run folder (no {FOLDER}/ in it) nor one of its "

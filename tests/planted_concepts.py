@@ -54,7 +54,7 @@ def make_pair(features_dd, n=400, seed=5):
     return TaskRows("0, not 1", acts_nd, labels_n, heldout_n, texts_n, spurious_n)
 
 
-def make_sae(rows_ld, mesh_shape=None, encoder_ld=None, bias_l=None):
+def make_sae(rows_ld, mesh_shape=None, encoder_ld=None, bias_l=None, kind="none"):
     """The SAE whose first latents are these unit rows; the others never fire."""
     n = len(rows_ld)
     rest_ld = planted.random_params()["w_dec_ld"][n:]
@@ -67,7 +67,7 @@ def make_sae(rows_ld, mesh_shape=None, encoder_ld=None, bias_l=None):
         "b_enc_l": np.full(L, -1e6),
     }
     params["b_enc_l"][:n] = 0 if bias_l is None else bias_l
-    return planted.make_sae(params, k=K, mesh_shape=mesh_shape)
+    return planted.make_sae(params, k=K, kind=kind, mesh_shape=mesh_shape)
 
 
 def rotate(rows_ld, angle, seed=2):

@@ -14,6 +14,7 @@ from test_subjects import CONFIG, make_tokenizer, make_weights
 from sae_jax.evals import EvaluateConfig, ablation, evaluate, places
 from sae_jax.evals.context import open_context
 from sae_jax.evals.effects import find_median, measure_effects, measure_sparsity
+from sae_jax.evals.figures import ratio_figure
 from sae_jax.subjects import Subject
 
 HORIZON = 12
@@ -58,6 +59,16 @@ def test_it_is_that_of_numpy(subject, store, monkeypatch, kind, tokens_before):
         mean = np.concatenate(by_place).mean()
         assert values[name] == pytest.approx(mean, rel=2e-4), name
         assert measured[name]["samples"] == sum(map(len, by_place))
+        n_each = T - HORIZON + 1
+        by_context = [
+            np.concatenate(by_place[first : first + n_each])
+            for first in range(0, len(by_place), n_each)
+        ]
+        total_s, count_s = (
+            np.array([of(terms) for terms in by_context], float) for of in (np.sum, len)
+        )
+        ci95 = ratio_figure(total_s, count_s, 0, "")["ci95"]
+        assert measured[name]["ci95"] == pytest.approx(ci95, rel=2e-3), name
     assert values["ablation_no_effect"] == 0
     assert measured["ablation_no_effect"]["samples"] > 3 * N_PLACES
     assert values.keys() == ablation.MEANINGS.keys()

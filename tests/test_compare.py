@@ -12,7 +12,7 @@ from sae_jax import compare as comparison
 from sae_jax.cli import compare as command
 from sae_jax.evals import EvaluateConfig, evaluate
 
-SMALL = EvaluateConfig(rows=10_000, batch_rows=4 * T, sequences=8, batch_sequences=4)
+SMALL = EvaluateConfig(rows=336, batch_rows=4 * T, sequences=8, batch_sequences=4)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,16 @@ def test_the_page_and_its_data(folders, results, tmp_path):
     ]
 
 
+def test_each_architecture_has_a_frontier_of_its_own(folders, tmp_path):
+    _rewrite(folders[1], architecture="jumprelu")
+    comparison.compare(folders, tmp_path)
+    data = json.loads((tmp_path / "compare.json").read_text())
+    assert data["frontiers"]["nmse_raw"]["points"].keys() == {
+        "topk, 32",
+        "jumprelu, 32",
+    }
+
+
 def test_folders_of_one_name_are_told_apart(folders, tmp_path):
     twin = tmp_path / "other" / "<k2>"
     twin.mkdir(parents=True)
@@ -91,8 +101,12 @@ def test_what_not_all_have_is_left_blank(folders):
     [
         ({"seed": 3}, "evaluated with seed 3, .* with 0: evaluate them alike"),
         ({"site": "resid_post.9"}, "with site resid_post.9"),
-        ({"rows": 16}, "with rows 16, .* with 336"),
-        ({"settings": {"rows": 1}}, "with settings {'rows': 1}"),
+        ({"corpus": "1"}, "with corpus 1, .* with 0"),
+        ({"subject": {"name": "other"}}, "with subject {'name': 'other'}"),
+        (
+            {"settings": {"reconstruction": {"rows": 1}}},
+            "reconstruction was measured with rows = 1 in .*, with 336 in .*alike",
+        ),
         ({"metrics": {}}, "not an evaluation with the suite core"),
     ],
 )

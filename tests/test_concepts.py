@@ -1,5 +1,7 @@
 """Sparse probing, absorption and perturbation: planted answers, and plain NumPy."""
 
+import dataclasses
+
 import numpy as np
 import planted_concepts
 import pytest
@@ -7,6 +9,7 @@ from planted import D
 
 from sae_jax.evals import absorption, concepts, perturbation, sparse_probing, spurious
 from sae_jax.evals.config import EvaluateConfig
+from sae_jax.evals.figures import average_figure
 
 CONFIG = EvaluateConfig()
 FEATURES = planted_concepts.make_features()
@@ -57,6 +60,33 @@ def test_the_code_and_the_probe_of_a_concept(contexts):
         assert concepts.measure_accuracy(logits_n, side.labels_n) > 0.97
 
 
+def test_values_are_in_activation_space():
+    sae = planted_concepts.make_sae(SAES["true"], kind="center_unit_norm")
+    [concept] = concepts.make_concepts(planted_concepts.make_context(sae), TASKS[:1])
+    side = concept.heldout
+    parts_nkd = side.values_nk[..., None] * SAES["true"][side.indices_nk % D]
+    used_nk1 = (side.values_nk > 0)[..., None]
+    rebuilt_nd = side.acts_nd.mean(1, keepdims=True) + parts_nkd.sum(1, where=used_nk1)
+    want_nd = sae.decode(sae.encode(side.acts_nd))
+    np.testing.assert_allclose(rebuilt_nd, want_nd, atol=1e-5)
+
+
+def test_a_probe_is_fit_on_its_own_rows_alone():
+    task = TASKS[0]
+    probes = [
+        concepts.fit_probe(task.acts_nd, task.labels_n, len(task.labels_n) + more)
+        for more in (0, 100)
+    ]
+    (slope_d, intercept), (padded_d, padded_intercept) = probes
+    np.testing.assert_allclose(padded_d, slope_d, rtol=1e-3, atol=1e-4)
+    assert padded_intercept == pytest.approx(intercept, rel=1e-3, abs=1e-4)
+
+
+def test_a_row_between_the_classes_is_half_told():
+    logits_n, labels_n = np.array([0, 0, 2, -1]), np.array([True, False, True, True])
+    assert concepts.measure_accuracy(logits_n, labels_n) == 0.5
+
+
 def test_shares_are_what_a_latent_gives_to_the_logit(contexts):
     context = contexts["rotated"]
     made = context.measured["concepts", "", 1000][1]
@@ -99,6 +129,31 @@ def test_sparse_probing_tells_dictionaries_apart(contexts):
     assert [row[1].split()[0] for row in table["rows"]] == list("0123")
 
 
+def test_sparse_probes_are_of_train_rows_alone():
+    """On held-out rows latent 0 tells the opposite, and latent 1 tells it better."""
+    n = 40
+    labels_n = np.arange(n) % 2 == 1
+    noise_n = np.arange(n) // 2 % 2
+    # Channel 0 differs more, but channel 1 varies less.
+    acts_nd = np.stack([labels_n + 9 * noise_n, labels_n / 2], axis=1)
+
+    def make_side(first_n, second_n):
+        values_nk = np.stack([first_n, 3 * second_n], axis=1).astype(np.float32)
+        indices_nk = np.tile(np.int32([0, 1]), (n, 1))
+        texts_n = np.arange(n)
+        return concepts.Side(
+            acts_nd.astype(np.float32), labels_n, texts_n, values_nk, indices_nk
+        )
+
+    train, heldout = make_side(labels_n, noise_n), make_side(~labels_n, labels_n)
+    concept = concepts.Concept("", train, heldout, np.zeros(2, np.float32), 0.0)
+    context = planted_concepts.make_context(planted_concepts.make_sae(FEATURES))
+    context.measured["concepts", CONFIG.tasks, CONFIG.task_rows] = [concept]
+    values = _values(sparse_probing, context)
+    assert values["sparse_accuracy_1"] == 0
+    assert values["sparse_accuracy_channels_1"] == 1
+
+
 def test_a_true_latent_is_targeted(contexts):
     true = _values(perturbation, contexts["true"])
     random = _values(perturbation, contexts["random"])
@@ -107,6 +162,30 @@ def test_a_true_latent_is_targeted(contexts):
     assert abs(true["untargeted_drop_1"]) < 0.02
     assert true["targeting_1"] > random["targeting_1"] + 0.2
     assert true["targeting_1"] > true["targeting_channels_1"] + 0.2
+
+
+def test_drops_are_averaged_over_what_is_taken_out(contexts, monkeypatch):
+    drop_nij = np.random.default_rng(0).random((len(perturbation.NS), 4, 4))
+    monkeypatch.setattr(perturbation, "find_latent_drops", lambda *_: drop_nij)
+    figures = perturbation.compute(contexts["true"], CONFIG)
+    own_i = np.diagonal(drop_nij[1])
+    others_i = [np.delete(drop_nij[1, i], i).mean() for i in range(4)]
+    for name, want_i in (
+        ("targeted_drop_5", own_i),
+        ("untargeted_drop_5", others_i),
+        ("targeting_5", own_i - others_i),
+    ):
+        want = average_figure(want_i, "tasks")
+        assert figures[name]["value"] == pytest.approx(want["value"]), name
+        assert figures[name]["ci95"] == pytest.approx(want["ci95"]), name
+
+
+def test_channels_are_set_to_their_mean_of_train_rows(contexts):
+    for concept in contexts["true"].measured["concepts", "", 1000]:
+        mean_1d = concept.train.acts_nd.mean(axis=0, keepdims=True)
+        want_n = concept.logits(concept.heldout.acts_nd) - concept.logits(mean_1d)
+        share_nd = perturbation.find_channel_shares(concept)
+        np.testing.assert_allclose(share_nd.sum(axis=1), want_n, atol=1e-4)
 
 
 def test_drops_are_those_of_rows_without_the_latents(contexts):
@@ -154,6 +233,29 @@ def test_absorption_is_found_where_it_was_planted(contexts, monkeypatch):
     assert by_task["f2"][4] == 0
 
 
+def test_absorption_is_of_positives_that_are_told(contexts, monkeypatch):
+    """By probes that miss half the positives, or take half the negatives for them."""
+    context, absorb, usuals = contexts["rotated"], absorption.absorb, []
+    monkeypatch.setattr(
+        absorption, "absorb", lambda *args: usuals.append(args[-1]) or absorb(*args)
+    )
+    made = context.measured["concepts", "", 1000][0]
+    side, logits_n = made.heldout, made.logits(made.heldout.acts_nd)
+    for label in (True, False):
+        middle = float(np.median(logits_n[side.labels_n == label]))
+        moved = dataclasses.replace(made, intercept=made.intercept - middle)
+        measured = {("concepts", "", 1000): [moved]}
+        of_moved = dataclasses.replace(context, measured=measured)
+        [row] = absorption.compute(of_moved, CONFIG)["absorption_by_task"]["rows"]
+        assert row[2] == np.sum(side.labels_n & (logits_n > middle))
+        main = np.array(row[1].split(), int)
+        share_nm = concepts.find_values(made.train, main) * (
+            SAES["rotated"][main] @ made.slope_d
+        )
+        usual = share_nm.sum(axis=1)[made.train.labels_n].mean()
+        assert usuals[-1] == pytest.approx(usual, rel=1e-4)
+
+
 def test_a_spurious_feature_is_taken_out_by_its_latent(contexts):
     true, rotated, random = (_values(spurious, contexts[name]) for name in SAES)
     assert true["spurious_fair_accuracy"] > true["spurious_biased_accuracy"] + 0.1
@@ -161,6 +263,26 @@ def test_a_spurious_feature_is_taken_out_by_its_latent(contexts):
     one = "spurious_removed_1"
     assert true[one] > rotated[one] > random[one]
     assert true[one] > true["spurious_removed_channels_1"] + 0.3
+
+
+def test_what_is_removed_is_a_ratio_of_sums_over_all_pairs(contexts, monkeypatch):
+    """Also over one without harm: leaving it out would choose by held-out rows."""
+    accuracies = ((0.9, 0.7, 0.9), (0.8, 0.7, 0.7), (0.7, 0.8, 0.9))
+    names = ["fair", "biased", *map(str, spurious.NS)]
+    names += [f"channels_{n}" for n in spurious.NS]
+    by_pair = [
+        dict.fromkeys(names, after) | {"fair": fair, "biased": biased}
+        for fair, biased, after in accuracies
+    ]
+    given = iter(by_pair)
+    monkeypatch.setattr(spurious, "measure_pair_rows", lambda *_: [PAIR] * 3)
+    monkeypatch.setattr(spurious, "_measure_pair", lambda *_: next(given))
+    figures = spurious.compute(contexts["true"], CONFIG)
+    assert figures["spurious_fair_accuracy"]["value"] == pytest.approx(0.8)
+    for name in names[2:]:
+        figure = figures[f"spurious_removed_{name}"]
+        assert figure["value"] == pytest.approx((0.2 + 0 + 0.1) / (0.2 + 0.1 - 0.1))
+        assert figure["samples"] == 3
 
 
 def test_a_probe_without_the_spurious_latent_tells_rows_without_it(contexts):

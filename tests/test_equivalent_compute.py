@@ -145,10 +145,11 @@ def test_intervals_are_those_of_resampled_contexts(context, tmp_path):
             law.compute_of(values_st[chosen].mean()) for values_st in (sae_st, clean_st)
         )
         drawn.append((at_sae, at_sae / at_clean))
-    want = 1.96 * np.log(drawn).std(axis=0)
+    want = 1.96 * np.log10(drawn).std(axis=0)
     for name, spread in zip(("equivalent_compute", "equivalent_compute_share"), want):
-        figure = measured[name]
-        assert figure["ci95"] / figure["value"] == pytest.approx(spread, rel=0.1)
+        figure = measured[f"log10_{name}"]
+        assert figure["value"] == pytest.approx(np.log10(measured[name]["value"]))
+        assert figure["ci95"] == pytest.approx(spread, rel=0.1)
 
 
 def test_beyond_the_family_there_are_bounds(context, tmp_path):
@@ -163,6 +164,10 @@ def test_beyond_the_family_there_are_bounds(context, tmp_path):
     assert not {"equivalent_compute", "equivalent_compute_share"} & values.keys()
     assert values["equivalent_compute_at_most"] == 200
     assert values["equivalent_share_at_most"] == pytest.approx(0.2, rel=1e-6)
+    # It is better than ce_clean too, at which the law was not fitted.
+    values = compute(1500, 5000)
+    assert values["equivalent_compute_at_most"] == 1500
+    assert "equivalent_share_at_most" not in values
     # The largest model is worse than ce_clean, which is at 1000.
     values = compute(10, 250)
     assert values["equivalent_compute_share"] == pytest.approx(0.1, rel=1e-4)

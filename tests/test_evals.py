@@ -13,13 +13,17 @@ import pytest
 from planted import SITE, D, K, L, T
 
 from sae_jax.config import MeshConfig
-from sae_jax.evals import EvaluateConfig, downstream, evaluate, format_table
-from sae_jax.evals.context import choose_sequences, open_context
-from sae_jax.evals.figures import mean_figure, ratio_figure
+from sae_jax.evals import METRICS, EvaluateConfig, downstream, evaluate, format_table
+from sae_jax.evals.context import (
+    choose_row_sequences,
+    choose_sequences,
+    open_context,
+)
+from sae_jax.evals.figures import average_figure, mean_figure, ratio_figure
 from sae_jax.mesh import make_mesh
 
 # The store has 21 held-out contexts, so in batches of 4 the last has one.
-SMALL = EvaluateConfig(rows=10_000, batch_rows=4 * T, sequences=21, batch_sequences=4)
+SMALL = EvaluateConfig(rows=336, batch_rows=4 * T, sequences=21, batch_sequences=4)
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +104,33 @@ def test_a_mean_far_from_zero_cancels_nothing(subject, store):
     rng = np.random.default_rng(0)
     # At 4096 bfloat16 holds multiples of 32 exactly.
     x = 4096.0 + 32 * rng.integers(-3, 4, size=(store.rows("heldout"), D))
+    results, x_hat = _reconstruct(subject, store, x)
+    want = ((x_hat - x) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+    assert _values(results)["nmse_raw"] == pytest.approx(want, rel=1e-4)
+
+
+def test_rows_of_zeros_and_dimensions_that_do_not_vary_are_left_out(subject, store):
+    x = planted.heldout_rows(store).reshape(-1, D)
+    x[:, 3] = 0
+    x[::5] = 0
+    results, x_hat = _reconstruct(subject, store, x)
+    error, is_there, varies = (x_hat - x) ** 2, np.arange(len(x)) % 5 > 0, np.arange(D)
+    error_b, power_b = error.sum(1)[is_there], (x**2).sum(1)[is_there]
+    explained_d = 1 - error.sum(0) / np.maximum(((x - x.mean(0)) ** 2).sum(0), 1e-9)
+    for name, values in (
+        ("mse_over_power", error_b / power_b),
+        ("explained_variance", explained_d[varies != 3]),
+    ):
+        figure = results["metrics"]["reconstruction"][name]
+        assert figure["value"] == pytest.approx(values.mean(), rel=1e-4)
+        assert figure["samples"] == len(values)
+
+
+def _reconstruct(subject, store, x):
+    """The metric over these rows in place of the held-out ones, and x̂."""
     first = int(store.sequences("heldout")[0]) * T
 
-    class Far:
+    class Other:
         """The same store with other rows."""
 
         def __getattr__(self, name):
@@ -114,11 +142,24 @@ def test_a_mean_far_from_zero_cancels_nothing(subject, store):
 
     params = planted.random_params()
     results = evaluate(
-        planted.make_sae(params), subject, Far(), ("reconstruction",), config=SMALL
+        planted.make_sae(params), subject, Other(), ("reconstruction",), config=SMALL
     )
-    _, x_hat = planted.encode(params, x)
-    want = ((x_hat - x) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
-    assert _values(results)["nmse_raw"] == pytest.approx(want, rel=1e-4)
+    return results, planted.encode(params, x)[1]
+
+
+def test_latents_that_a_code_has_no_room_for_are_counted(subject, store, monkeypatch):
+    sae = planted.make_sae(planted.random_params())
+    encode = type(sae).encode
+
+    def cut_three(self, acts_bd):
+        code = encode(self, acts_bd)
+        return dataclasses.replace(code, n_cut=code.n_cut + 3)
+
+    monkeypatch.setattr(type(sae), "encode", cut_three)
+    # Batches of another shape than elsewhere here: no earlier trace stands in.
+    config = dataclasses.replace(SMALL, batch_rows=3 * T)
+    results = evaluate(sae, subject, store, ("reconstruction",), config=config)
+    assert _values(results)["l0_cut"] == 3
 
 
 def test_averaging_compares_both_weights_over_the_same_rows(subject, store):
@@ -249,6 +290,8 @@ def test_only_heldout_rows_are_read(subject, store):
     heldout = set(store.sequences("heldout").tolist())
     drawn = {n: set(choose_sequences(context, n).tolist()) for n in (5, 12, 10**9)}
     assert len(drawn[5]) == 5 and drawn[5] < drawn[12] < heldout == drawn[10**9]
+    for rows, n_contexts in ((1, 1), (T, 1), (T + 1, 2), (10**9, len(heldout))):
+        assert len(choose_row_sequences(context, rows)) == n_contexts
     other = dataclasses.replace(context, seed=1)
     assert set(choose_sequences(other, 5).tolist()) != drawn[5]
 
@@ -308,6 +351,23 @@ def test_intervals_cover_95_percent():
         figure = ratio_figure(below_s * rng.normal(0.5, 0.1, 60), below_s, 60, "rows")
         covered["ratio"] += abs(figure["value"] - 0.5) <= figure["ci95"]
     assert all(920 < n < 970 for n in covered.values()), covered
+
+
+def test_an_interval_is_that_of_the_mean():
+    values_n = np.array([1.0, 2.0, 4.0, 9.0])
+    want = 3.182446 * values_n.std(ddof=1) / np.sqrt(4)  # Student's t, 3 degrees
+    figure = average_figure(values_n, "tasks")
+    assert (figure["value"], figure["ci95"]) == (4, pytest.approx(want))
+    assert average_figure([1.0], "tasks")["ci95"] is None
+
+
+def test_a_plot_that_is_not_finite_is_refused(subject, store, monkeypatch):
+    monkeypatch.setattr(
+        METRICS["density"], "compute", lambda *_: {"densities": {"edges": [0, np.inf]}}
+    )
+    sae = planted.make_sae(planted.random_params())
+    with pytest.raises(ValueError, match="density.densities.edges = inf is not finite"):
+        evaluate(sae, subject, store, ("density",), config=SMALL)
 
 
 def test_refusals(subject, store, tmp_path):

@@ -1,5 +1,6 @@
 """From an SAE on disk to evaluation.json: what is written, taken over, and refused."""
 
+import dataclasses
 import json
 
 import planted
@@ -10,9 +11,10 @@ from sae_jax import evaluation
 from sae_jax.checkpoint import FOLDER
 from sae_jax.config import to_json
 from sae_jax.evals import METRICS, SUITES, EvaluateConfig
+from sae_jax.evals.identity import identify
 from synthetic import make_config
 
-SMALL = EvaluateConfig(rows=10_000, batch_rows=4 * T, sequences=8, batch_sequences=4)
+SMALL = EvaluateConfig(rows=336, batch_rows=4 * T, sequences=8, batch_sequences=4)
 
 
 @pytest.fixture
@@ -60,7 +62,8 @@ def test_it_leaves_both_files(run):
 def test_only_averaged_weights_are_compared_with_raw_ones(run):
     run_dir, asked = run
     averaged = _evaluate(run_dir, report=False)["metrics"]["averaging"]
-    assert averaged["averaging_gain"]["value"] == 0  # one SAE stands in for both
+    gain = averaged["averaging_gain"]
+    assert gain["value"] == gain["ci95"] == 0  # one SAE stands in for both
     assert [args[2] for args in asked[:2]] == ["ema", "raw"]
     assert _evaluate(run_dir, weights="raw", report=False)["metrics"]["averaging"] == {}
 
@@ -86,32 +89,90 @@ def test_a_stopped_evaluation_goes_on(run, monkeypatch):
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"seed": 1},
-        {"weights": "raw"},
-        {"config": EvaluateConfig(rows=100, sequences=8, batch_sequences=4)},
-        {"fresh": True},
-    ],
+    [{"seed": 1}, {"weights": "raw"}, {"fresh": True}],
 )
-def test_nothing_is_taken_over_from_an_evaluation_that_differs(run, change):
+def test_nothing_is_taken_over_from_an_evaluation_that_differs(run, change, capsys):
     run_dir, asked = run
     _evaluate(run_dir, report=False)
+    kept = (run_dir / "evaluation.json").read_text()
     asked.clear()
     _evaluate(run_dir, report=False)
     assert not set(asked) & set(METRICS)
     _evaluate(run_dir, report=False, **change)
     assert [name for name in asked if name in METRICS] == list(SUITES["core"])
+    if "fresh" not in change:  # and nothing is lost
+        assert (run_dir / "evaluation.json.old").read_text() == kept
+        told = capsys.readouterr().err
+        assert "was of another" in told and [*change][0] in told
 
 
-def test_a_changed_file_is_measured_again(run, tmp_path):
+def test_metrics_are_taken_over_that_do_not_read_what_has_changed(run):
+    run_dir, asked = run
+    _evaluate(run_dir, report=False)
+    asked.clear()
+    results = _evaluate(
+        run_dir, config=dataclasses.replace(SMALL, rows=100), report=False
+    )
+    measured = ["reconstruction", "averaging", "density"]
+    assert [name for name in asked if name in METRICS] == measured
+    assert list(results["metrics"]) == list(SUITES["core"])
+    assert results["settings"]["density"] == {"rows": 100}
+
+
+@pytest.mark.parametrize("other", ["run", "step", "weights"])
+def test_nothing_is_taken_over_from_another_sae(run, monkeypatch, tmp_path, other):
+    run_dir, asked = run
+    _evaluate(run_dir, report=False)
+    if other == "run":
+        elsewhere = make_config(tmp_path / "store", seed=1)
+        (run_dir / "config.json").write_text(to_json(elsewhere))
+    elif other == "step":
+        monkeypatch.setattr(evaluation, "locate", lambda path: (run_dir, 8))
+    else:
+        params = planted.random_params()
+        params["b_dec_d"][0] += 1e-3
+        sae = planted.make_sae(params)
+        monkeypatch.setattr(evaluation, "load", lambda *_: sae)
+    asked.clear()
+    _evaluate(run_dir, report=False)
+    assert [name for name in asked if name in METRICS] == list(SUITES["core"])
+
+
+def test_an_identity_is_that_of_the_weights_on_every_mesh():
+    params = planted.random_params()
+    one, two, many = (
+        identify(planted.make_sae(params, mesh_shape=shape))
+        for shape in (None, (1, 8), (2, 4))
+    )
+    assert one == two == many
+    swapped = params | {"w_enc_ld": params["w_enc_ld"][[1, 0, *range(2, planted.L)]]}
+    assert identify(planted.make_sae(swapped)) != one
+    assert identify(planted.make_sae(params, kind="layer_norm")) != one
+
+
+def test_the_seed_draws_what_the_report_shows(run, monkeypatch):
+    seeds = []
+
+    def show(*_, seed=0, **settings):
+        seeds.append(seed)
+        return []
+
+    monkeypatch.setattr(evaluation, "top_contexts", show)
+    _evaluate(run[0], seed=3)
+    assert seeds == [3]
+
+
+def test_a_changed_file_is_measured_again(run, tmp_path, monkeypatch):
     run_dir, asked = run
     family = tmp_path / "family.csv"
-    config = EvaluateConfig(rows=100, batch_rows=4 * T, family=str(family))
+    config = dataclasses.replace(SMALL, family=str(family))
+    for name in set(METRICS) - {"equivalent_compute"}:
+        monkeypatch.setattr(METRICS[name], "compute", lambda *_: {})
     for last_loss in (3.0, 2.5):
         family.write_text(f"compute,loss\n1,5\n2,4\n4,{last_loss}\n")
         asked.clear()
-        _evaluate(run_dir, config=config, report=False)
-        assert asked.count("density") == 1
+        _evaluate(run_dir, config=config, report=False, suite="paper")
+        assert asked.count("equivalent_compute") == 1
 
 
 def test_a_file_that_is_wrong_is_refused_before_anything_is_measured(run, tmp_path):
@@ -124,6 +185,23 @@ def test_a_file_that_is_wrong_is_refused_before_anything_is_measured(run, tmp_pa
     with pytest.raises(FileNotFoundError, match="wrong: neither a run folder"):
         _evaluate(run_dir, config=EvaluateConfig(against=str(wrong)))
     assert not set(asked) & set(METRICS)
+
+
+@pytest.mark.parametrize(
+    "asked, match",
+    [
+        ({"rows": 500}, "rows = 500: .* has 336 held-out rows: ask for no more"),
+        ({"sequences": 22}, "sequences = 22: .* has 21 held-out contexts"),
+        ({"explanation_rows": 337}, "explanation_rows = 337"),
+        ({"ablation_horizon": T + 1}, f"ablation_horizon = {T + 1}: .* {T} tokens"),
+        ({"task_rows": 8}, "task_rows = 8: .* at least 16"),
+    ],
+)
+def test_more_than_there_is_is_refused_at_once(run, asked, match):
+    run_dir, computed = run
+    with pytest.raises(ValueError, match=match):
+        _evaluate(run_dir, config=EvaluateConfig(**asked), suite="all")
+    assert not set(computed) & set(METRICS)
 
 
 def test_of_a_checkpoint_the_results_have_their_own_folder(run):

@@ -8,13 +8,14 @@ import planted
 import pytest
 from planted import SITE, K, L, T
 
-from sae_jax import report
+from sae_jax import plots, report
 from sae_jax.config import to_json
 from sae_jax.evals import MEANINGS, EvaluateConfig, evaluate, format_value
+from sae_jax.evals.figures import make_curve
 from sae_jax.viewer import LatentView, TopContext, top_contexts
 from synthetic import make_config
 
-SMALL = EvaluateConfig(rows=10_000, batch_rows=4 * T, sequences=8, batch_sequences=4)
+SMALL = EvaluateConfig(rows=336, batch_rows=4 * T, sequences=8, batch_sequences=4)
 METRICS_ROWS = [
     {"rows": 10.0 * i, "nmse": 1 / i, "aux_loss": 0.0, "n_dead": 0, "l0": 3.0}
     for i in range(1, 9)
@@ -137,6 +138,15 @@ def test_the_same_input_gives_the_same_page(run, page):
         run_dir / "again.html", results, views, METRICS_ROWS, config
     )
     assert path.read_text(encoding="utf-8") == text
+
+
+def test_an_axis_that_has_a_zero_is_not_logarithmic():
+    x, ys = [0, 1, 10], {"a": [1, 2, 3]}
+    log, linear = (
+        plots.draw("plot", make_curve(x, ys, "x", "y", x_log=is_log))
+        for is_log in (True, False)
+    )
+    assert log == linear
 
 
 def test_a_run_that_has_not_trained_has_no_curves(run, page, tmp_path):

@@ -1,6 +1,7 @@
 """Rows of tasks against a subject run on one example at a time."""
 
 import dataclasses
+from collections import Counter
 from types import SimpleNamespace
 
 import jax
@@ -11,10 +12,10 @@ from test_subjects import CONFIG, make_tokenizer, make_weights
 from sae_jax.config import MeshConfig
 from sae_jax.evals import EvaluateConfig
 from sae_jax.evals.context import Context
-from sae_jax.evals.task_rows import measure_task_rows
+from sae_jax.evals.task_rows import measure_pair_rows, measure_task_rows
 from sae_jax.mesh import make_mesh, replicated
 from sae_jax.subjects import Subject
-from sae_jax.tasks import Example, write_examples
+from sae_jax.tasks import Example, list_kinds, write_examples
 from sae_jax.text import Document, is_heldout
 
 SITE, T = "resid_post.1", CONFIG.context_length
@@ -133,6 +134,28 @@ def test_a_cap_leaves_halves_of_each_side_drawn_by_the_seed(subject, path):
         np.array_equal(a.acts_nd, b.acts_nd) for a, b in zip(capped, again, strict=True)
     )
     assert not np.array_equal(capped[0].acts_nd, other[0].acts_nd)
+
+
+def test_a_pair_has_as_many_rows_of_each_kind_and_is_no_task(subject, tmp_path):
+    rng = np.random.default_rng(0)
+    kinds = list_kinds(is_pair=True)
+    pair = [
+        Example("pair", text, int(rng.integers(len(text))), label, i % 4 == 0, other)
+        for i, text in enumerate(TEXTS)
+        for other, label in (*kinds, *kinds, *kinds, kinds[1])
+    ]
+    task = [dataclasses.replace(e, task="task", spurious=None) for e in pair]
+    write_examples(tmp_path / "t.jsonl", pair + task)
+    context, config = _make_context(subject), EvaluateConfig(
+        tasks=str(tmp_path / "t.jsonl"), task_rows=32
+    )
+    assert [rows.name for rows in measure_task_rows(context, config)] == ["task"]
+    [rows] = measure_pair_rows(context, config)
+    assert rows.name == "pair"
+    for side, n_each in ((False, 6), (True, 2)):
+        drawn = zip(rows.spurious_n, rows.labels_n, rows.heldout_n, strict=True)
+        found = Counter((a, b) for a, b, is_in in drawn if is_in == side)
+        assert found == dict.fromkeys(kinds, n_each)
 
 
 def test_an_unbalanced_task_is_balanced(subject, examples, tmp_path):

@@ -89,6 +89,10 @@ def test_fields_that_may_be_absent(tmp_path):
             "line 9: this text is train here and held-out in line 3: put a text on one",
         ),
         (
+            '{"task": "u", "text": "text 5", "label": 1, "heldout": 1}',
+            "line 9: this text is held-out here and train in line 6: put a text on one",
+        ),
+        (
             '{"task": "one", "text": "a", "label": 1, "heldout": 0}',
             "task 'one' has 1 train rows of label 1 and 0 of label 0: give at least 2",
         ),

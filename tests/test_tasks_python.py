@@ -95,6 +95,18 @@ def test_sides_are_of_documents_that_give_both_classes_alike(library, generated)
     assert len({name for _, name in labels}) > 40
 
 
+def test_a_text_that_two_documents_have_is_on_one_side(library):
+    some = library[:20]
+    copies = [Document(f"copy of {each.name}", each.text) for each in some]
+    both = zip(some, copies, strict=True)
+    moved = [is_heldout(a.name, 4) != is_heldout(b.name, 4) for a, b in both]
+    assert any(moved)
+    sides = defaultdict(set)
+    for example in python_examples([*some, *copies], 40, seed=3).examples:
+        sides[example.text].add(example.is_heldout)
+    assert sides and all(len(both) == 1 for both in sides.values())
+
+
 def test_examples_hold_by_their_text_alone(generated):
     """What the characters themselves tell, read in another way than the labels were."""
     behind = {

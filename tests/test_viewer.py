@@ -8,7 +8,7 @@ from planted import PIECES, L, T
 from sae_jax.evals import EvaluateConfig
 from sae_jax.viewer import top_contexts
 
-SMALL = EvaluateConfig(rows=10_000, batch_rows=4 * T)
+SMALL = EvaluateConfig(rows=336, batch_rows=4 * T)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,20 @@ COMMANDS = {
 HELP_FLAGS = ("-h", "-help", "--help")
 
 
+def run() -> None:
+    """`main`, for a process of its own."""
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code == errors.STOPPED:
+            # Computations that go on while the interpreter is taken down end in a
+            # crash of the whole process.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(errors.STOPPED)
+        raise
+
+
 def main() -> None:
     """Runs `sae-jax COMMAND ...`; exits 0, 1 (failed), 2 (misused) or 130 (stopped)."""
     # Read at the first device query: with fewer threads than virtual CPU devices, a

@@ -15,7 +15,7 @@ from sae_jax.config import TrainConfig, settings_of
 
 _FAILED = 1
 _MISUSED = 2
-_STOPPED = 130  # as a shell tells of a process that SIGINT ended
+STOPPED = 130  # as a shell tells of a process that SIGINT ended
 _OVERRIDE = re.compile(r"--?config\.([^=]+)")
 _UNKNOWN_KEYWORD = re.compile(r"unexpected keyword argument '(\w+)'")
 _BAD_NUMBER = re.compile(r"(?:invalid literal|could not convert).*?('[^']*')")
@@ -85,7 +85,7 @@ def _message(error: BaseException) -> str:
 
 def _status(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
-        return _STOPPED
+        return STOPPED
     return _MISUSED if isinstance(error, Misuse | flags.Error) else _FAILED
 
 

@@ -5,11 +5,11 @@ half-width of its 95 % interval (`sae_jax.evals.figures`) and what it was taken 
 beside them are plots and tables. Its MEANINGS say what each figure is.
 """
 
-import dataclasses
-import hashlib
 import json
 import math
+import os
 import platform
+import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,13 +35,12 @@ from sae_jax.evals import (
 )
 from sae_jax.evals.config import EvaluateConfig
 from sae_jax.evals.context import Context, Sae, choose_row_sequences, open_context
-from sae_jax.evals.family import read_family
+from sae_jax.evals.identity import identify
+from sae_jax.evals.inputs import check_inputs
 from sae_jax.evals.table import format_name, format_table, format_value
 from sae_jax.files import write_whole
-from sae_jax.run import CONFIG_FILE, locate
 from sae_jax.store import Store
 from sae_jax.subjects import Subject
-from sae_jax.tasks import read_examples
 
 __all__ = [
     "MEANINGS",
@@ -78,6 +77,8 @@ MEANINGS: dict[str, str] = {
     for metric in METRICS.values()
     for name, meaning in metric.MEANINGS.items()
 }
+# What of the results may differ where figures are the same.
+_PASSING = ("store", "rows", "n_steps")
 # Below this, a latent that did not fire says little.
 ROWS_WANTED = 200_000
 
@@ -86,7 +87,7 @@ def evaluate(
     sae: Sae,
     subject: Subject,
     store: Store,
-    metrics: Sequence[str] = SUITES["core"],
+    metrics: str | Sequence[str] = "core",
     mesh: Mesh | None = None,
     seed: int = 0,
     config: EvaluateConfig | None = None,
@@ -102,7 +103,7 @@ def evaluate(
         sae: the SAE.
         subject: the language model its rows came from.
         store: the activation store, with held-out rows.
-        metrics: names of METRICS; `SUITES` has the usual choices.
+        metrics: a suite, or names of METRICS.
         mesh: where given, the mesh that the SAE must be on.
         seed: draws all samples: the same seed, the same figures.
         config: how much to measure on.
@@ -110,98 +111,120 @@ def evaluate(
         raw: the SAE with raw weights where `sae` has averaged ones, to compare.
         about: what else the results should say, such as the step.
         file: where the results are written each time that a metric is done. Metrics
-            that it has from an evaluation that differs in nothing are taken over.
+            that it has of the same SAE, by the same settings, are taken over; of
+            another SAE or seed it is kept with the ending `.old`.
 
     Raises:
         ValueError: an unknown metric; SAE, subject, store and mesh that do not belong
-            together; a figure that is not finite.
+            together; more asked for than there is; a figure that is not finite.
     """
     config = config or EvaluateConfig()
+    metrics = SUITES.get(metrics, (metrics,)) if isinstance(metrics, str) else metrics
     for name in metrics:
         if name not in METRICS:
-            raise ValueError(f"unknown metric {name!r}: {nearest_name(name, METRICS)}")
+            hint = nearest_name(name, {**METRICS, **SUITES})
+            raise ValueError(f"unknown metric {name!r}: {hint}")
     if mesh is not None and mesh != sae.mesh:
         raise ValueError(
             f"the SAE is on a mesh {dict(sae.mesh.shape)}, not {dict(mesh.shape)}: "
             "load it on the mesh that evaluates it"
         )
     context = open_context(sae, subject, store, seed, progress, raw)
-    _check_files(context, config)
+    files = check_inputs(context, config, metrics)
     results = _describe(context, config) | dict(about or {})
-    done = _read_done(Path(file), results) if file else {}
-    results["metrics"] = done
+    settings = {name: _list_settings(name, config, files) for name in METRICS}
+    done = _take_over(Path(file), results, settings) if file else {}
     for name in metrics:
         if name not in done:
             done[name] = METRICS[name].compute(context, config)
             _check_finite(name, done[name])
-        results["metrics"] = {name: done[name] for name in METRICS if name in done}
         if file:
-            write_whole(file, json.dumps(results, indent=2, allow_nan=False) + "\n")
-    return results
-
-
-def _check_files(context: Context, config: EvaluateConfig) -> None:
-    """Reads every file that the config names, so that none is refused hours later."""
-    if config.family:
-        read_family(config.family)
-    if config.tasks:
-        read_examples(config.tasks)
-    if config.directions:
-        recovery.read_directions(config.directions, context.sae.d_model)
-    if config.against:
-        recovery.open_other(context, config.against)
+            whole = _put_together(results, done, settings)
+            write_whole(file, json.dumps(whole, indent=2, allow_nan=False) + "\n")
+    return _put_together(results, done, settings)
 
 
 def _describe(context: Context, config: EvaluateConfig) -> dict[str, Any]:
-    """What the figures are of, and what they were taken on."""
+    """What the figures are of."""
     sae, subject, store = context.sae, context.subject, context.store
     n_contexts = len(choose_row_sequences(context, config.rows))
+    identities = {"sae": identify(sae)}
+    if context.raw is not None:
+        identities["raw"] = identify(context.raw)
     return {
         "site": context.site,
         "architecture": sae.config.architecture,
         "sparsity": sparsity(sae.config),
         "n_latents": sae.n_latents,
         "d_model": sae.d_model,
+        "identities": identities,
         "store": str(store.path),
         "corpus": store.manifest.corpus,
         "subject": {"name": subject.name, "identity": subject.identity},
         "seed": context.seed,
-        "settings": dataclasses.asdict(config),
-        "files": _identify_files(config),
         "rows": n_contexts * store.context_length,
         "rows_wanted": ROWS_WANTED,
         "context_length": store.context_length,
     }
 
 
-def _identify_files(config: EvaluateConfig) -> dict[str, str]:
-    """A hash of each file that the config names; of a run, of its config."""
-    paths = {
-        field.name: Path(getattr(config, field.name))
-        for field in dataclasses.fields(config)
-        if field.type is str and getattr(config, field.name)
-    }
-    if "against" in paths:
-        workdir, step = locate(paths["against"])
-        paths["against"] = workdir / CONFIG_FILE
-    hashes = {
-        name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        for name, path in paths.items()
-    }
-    if "against" in paths:
-        hashes["against"] += f" step {step}"
-    # Generated tasks are made of this Python's standard library, by its own parser.
-    return hashes if config.tasks else hashes | {"python": platform.python_version()}
+def _list_settings(
+    metric: str, config: EvaluateConfig, files: Mapping[str, str]
+) -> dict[str, Any]:
+    """What a metric reads of the config, and a hash of every file that this names."""
+    reads = METRICS[metric].READS
+    settings = {name: getattr(config, name) for name in reads}
+    if "tasks" in reads and not config.tasks:
+        # Made of this Python's standard library, by its own parser.
+        settings["python"] = platform.python_version()
+    return settings | {f"{name}_hash": files[name] for name in reads if name in files}
 
 
-def _read_done(file: Path, results: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics in a file that says of itself what `results` says so far."""
+def _take_over(
+    file: Path, results: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The metrics that a file has of the same SAE, by the same settings."""
     try:
         earlier = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
         return {}
-    metrics = earlier.pop("metrics", {}) if isinstance(earlier, dict) else {}
-    return metrics if earlier == json.loads(json.dumps(results)) else {}
+    except ValueError:
+        earlier = None
+    wanted = json.loads(json.dumps({"results": results, "settings": settings}))
+    if not isinstance(earlier, dict):
+        differs = ["contents"]
+    else:
+        differs = [
+            name
+            for name, value in wanted["results"].items()
+            if name not in _PASSING and earlier.get(name) != value
+        ]
+    if differs:
+        old = file.with_name(file.name + ".old")
+        os.replace(file, old)
+        print(
+            f"{file} was of another {', '.join(differs)}: kept as {old.name}",
+            file=sys.stderr,
+        )
+        return {}
+    measured_by = earlier.get("settings", {})
+    return {
+        name: figures
+        for name, figures in earlier.get("metrics", {}).items()
+        if measured_by.get(name) == wanted["settings"].get(name)
+    }
+
+
+def _put_together(
+    results: Mapping[str, Any], done: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The results with what is done, in the order of METRICS."""
+    names = [name for name in METRICS if name in done]
+    return {
+        **results,
+        "settings": {name: settings[name] for name in names},
+        "metrics": {name: done[name] for name in names},
+    }
 
 
 def _check_finite(metric: str, figures: Any) -> None:

@@ -51,6 +51,7 @@ from sae_jax.evals.places import Place, make_rng, over_devices, read_places
 from sae_jax.mesh import replicated
 from sae_jax.progress import Progress
 
+READS = ("ablated_tokens", "ablation_horizon")
 MEANINGS = {
     "ablation_sparsity": "share of logits that ablating one latent moves, in effect",
     "ablation_sparsity_channels": "the same for channels set to their training mean",

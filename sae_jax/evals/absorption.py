@@ -1,7 +1,8 @@
 """Absorption: a concept that its latents miss, because others have taken it over.
 
-The main latents of a task are the fewest, from 1 to 5, from which on one more adds less
-than 0.03 to the accuracy of a sparse probe on train rows. On a held-out positive that
+The main latents of a task are those that fire most more on its positives, as few of 1
+to 5 as make a sparse probe to which one more adds less than 0.03 of accuracy, all on
+train rows. On a held-out positive that
 the probe p of whole rows tells right, with g_l the share of latent l in its logit,
 
     main      = sum of g_l over the main latents
@@ -31,6 +32,7 @@ from sae_jax.evals.concepts import (
     Concept,
     Floats,
     Side,
+    choose_given,
     find_cosines,
     find_shares,
     find_values,
@@ -41,12 +43,12 @@ from sae_jax.evals.concepts import (
 from sae_jax.evals.config import EvaluateConfig
 from sae_jax.evals.context import Context
 from sae_jax.evals.figures import average_figure, make_table
-from sae_jax.evals.sparse_probing import choose_latents
 
 MOST_MAIN, MOST_ABSORBERS = 5, 5
 LEAST_GAIN, LEAST_COSINE, LEAST_SHARE = 0.03, 0.1, 0.4
 _RIDGE = 1e-3
 
+READS = ("tasks", "task_rows")
 MEANINGS = {
     "absorption_fraction": "share of a concept that other latents than its own carry",
     "absorption_full": "positives where its own latents are silent and another speaks",
@@ -90,7 +92,7 @@ def compute(context: Context, config: EvaluateConfig) -> dict[str, Any]:
 
 def choose_main(side: Side, n_rows: int) -> NDArray[np.int64]:
     """The latents that a concept is split over, as the module says."""
-    latents = choose_latents(side, MOST_MAIN)
+    latents = choose_given(side, side.values_nk, MOST_MAIN)
     accuracies = []
     for n in range(1, len(latents) + 1):
         values_nf = find_values(side, latents[:n])

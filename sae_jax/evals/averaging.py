@@ -17,6 +17,7 @@ from sae_jax.evals.context import Context
 from sae_jax.evals.figures import Array, Figure, ratio_figure
 from sae_jax.evals.rows import measure_rows
 
+READS = ("rows", "batch_rows")
 MEANINGS = {
     "nmse_raw_average": "nmse_raw with the averaged weights",
     "nmse_raw_last": "nmse_raw with the weights of the last step",

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sae_jax.config import SaeConfig
 from sae_jax.mesh import DATA, LATENT, batch_sharding, replicated
+from sae_jax.normalize import Normalization
 from sae_jax.progress import Progress
 from sae_jax.store import Store
 from sae_jax.subjects import Subject
@@ -25,6 +26,7 @@ class Sae(Protocol):
     """What a metric asks of an architecture; it must be a pytree."""
 
     config: SaeConfig
+    normalization: Normalization
     mesh: Mesh
     site: str
 

@@ -20,6 +20,7 @@ from sae_jax.evals.rows import measure_rows
 
 _BINS_PER_DECADE = 5
 
+READS = ("rows",)
 MEANINGS = {
     "n_dead": "latents that fire on none of the rows read",
     "dead_fraction": "their share of all latents",

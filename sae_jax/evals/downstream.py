@@ -40,6 +40,7 @@ from sae_jax.evals.figures import (
 from sae_jax.mesh import replicated
 from sae_jax.subjects import Subject, next_token_loss
 
+READS = ("sequences",)
 MEANINGS = {
     "ce_clean": "cross-entropy of the subject, nats a token",
     "ce_sae": "with the reconstruction in place of the rows",

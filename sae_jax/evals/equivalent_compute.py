@@ -10,10 +10,11 @@ is fitted by least squares of the relative errors fit/loss - 1, and inverted:
     equivalent_compute       = C(ce_sae)
     equivalent_compute_share = C(ce_sae) / C(ce_clean)
 
-in the table's unit of compute. The table's losses must be of the text that ce_sae is
-of, in nats a token of the subject's tokenizer. Intervals are those of the losses over
-contexts, carried to first order, in the share of both losses together; they leave out
-the fit's own error. Where the law says nothing, a bound stands in its place:
+in the table's unit of compute, and log10_ of both, which have the intervals: those of
+the losses over contexts, carried to first order, in the share of both losses together;
+they leave out the fit's own error. The table's losses must be of the text that ce_sae
+is of, in nats a token of the subject's tokenizer. Where the law says nothing, a bound
+stands in its place:
 
     ce_sae above all losses    equivalent_compute_at_most, that of the smallest model,
                                and equivalent_share_at_most, of it
@@ -44,9 +45,12 @@ from sae_jax.evals.figures import (
     mean_figure,
 )
 
+READS = ("sequences", "family")
 MEANINGS = {
     "equivalent_compute": "that trains a model of the family to ce_sae",
     "equivalent_compute_share": "the same over the compute that trains one to ce_clean",
+    "log10_equivalent_compute": "the decimal logarithm of the first",
+    "log10_equivalent_compute_share": "the decimal logarithm of the second",
     "equivalent_compute_at_most": "the smallest model's, which is better than ce_sae",
     "equivalent_share_at_most": "the same over the compute that trains to ce_clean",
     "equivalent_compute_at_least": "the largest model's: ce_sae is below the floor",
@@ -95,9 +99,11 @@ def _place(
         figures[name] = make_figure(value, None, sae_st.size, "tokens")
 
     def carry(name: str, value: float, change_st: Array) -> None:
+        bound(name, value)
         ci95 = mean_figure(change_st, "tokens")["ci95"]
-        ci95 = ci95 and value / law.exponent * ci95
-        figures[name] = make_figure(value, ci95, sae_st.size, "tokens")
+        ci95 = ci95 and ci95 / law.exponent / math.log(10)
+        log10 = math.log10(value)
+        figures[f"log10_{name}"] = make_figure(log10, ci95, sae_st.size, "tokens")
 
     # d log C = -1/b d log(loss - E): what each token moves log C by, but for -1/b.
     change_sae_st = sae_st / (ce_sae - law.floor)

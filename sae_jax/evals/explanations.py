@@ -48,6 +48,7 @@ from sae_jax.evals.patterns import ANY, Pattern, Trie
 from sae_jax.evals.simulation import Explained
 from sae_jax.subjects import Subject
 
+READS = ("explained_latents", "explanation_rows", "sequences")
 MEANINGS = {
     "n2g_precision": "share of the tokens predicted that a latent does fire on",
     "n2g_recall": "share of the tokens a latent fires on that are predicted",

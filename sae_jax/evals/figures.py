@@ -6,7 +6,8 @@ sampling. With n_s and d_s the sums over context s, out of S contexts,
     R = sum n_s / sum d_s,    var R = S / (S - 1) * sum (n_s - R d_s)^2 / (sum d_s)^2
 
 the linearised variance of a ratio under cluster sampling (Cochran, "Sampling
-Techniques", 3rd edition, section 6.3). A mean is the ratio to the number of rows.
+Techniques", 3rd edition, section 6.3), and the interval is that of Student's t with
+S - 1 degrees of freedom. A mean is the ratio to the number of rows.
 """
 
 import math
@@ -15,11 +16,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import stdtrit
 
 Array = NDArray[np.float64]
 Figure = dict[str, Any]
-
-_NORMAL_95 = 1.959964
 
 
 def make_figure(
@@ -53,7 +53,8 @@ def ratio_figure(
         return make_figure(ratio, None, samples, unit)
     residual_s = numerator_s - ratio * denominator_s
     variance = n_contexts / (n_contexts - 1) * float(np.sum(residual_s**2)) / total**2
-    return make_figure(ratio, _NORMAL_95 * math.sqrt(variance), samples, unit)
+    ci95 = float(stdtrit(n_contexts - 1, 0.975)) * math.sqrt(variance)
+    return make_figure(ratio, ci95, samples, unit)
 
 
 def make_curve(

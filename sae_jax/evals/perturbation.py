@@ -44,6 +44,7 @@ _DROPS = {
     "targeting": "the first less the second: 0 where nothing is apart",
 }
 _KINDS = {"": "latent(s)", "_channels": "channel(s)"}
+READS = ("tasks", "task_rows")
 MEANINGS = {
     f"{name}{kind}_{n}": meaning.format(n=n, what=what)
     for kind, what in _KINDS.items()

@@ -61,6 +61,7 @@ _ENDINGS = {
     "_random": "the best of as many random directions as latents",
     "_full": "a probe of the whole row",
 }
+READS = ("tasks", "task_rows")
 MEANINGS = {
     **{
         f"probe_loss{ending}": f"held-out nats of {name}; chance is ln 2 = 0.693"

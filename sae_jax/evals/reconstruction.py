@@ -31,7 +31,6 @@ from sae_jax.evals.context import Context
 from sae_jax.evals.figures import (
     Array,
     Figure,
-    average_figure,
     make_curve,
     make_figure,
     mean_figure,
@@ -41,6 +40,7 @@ from sae_jax.evals.rows import RowMeasures, measure_rows
 
 _LEAST_CORRELATION = 1e-4  # below it, rounding decides the quotient
 
+READS = ("rows", "batch_rows")
 MEANINGS = {
     "nmse": "squared error over that of the mean row, in the SAE's space",
     "nmse_raw": "the same in activation space",
@@ -78,7 +78,9 @@ def _explained(rows: RowMeasures) -> dict[str, Any]:
         return {}
     explained_d = 1 - rows.error_raw_d[varies_d] / rows.variation_raw_d[varies_d]
     return {
-        "explained_variance": average_figure(explained_d, "dimensions"),
+        "explained_variance": make_figure(
+            float(explained_d.mean()), None, len(explained_d), "dimensions"
+        ),
         "explained_variance_by_dimension": make_curve(
             np.arange(len(explained_d)),
             {"explained variance": np.sort(explained_d)},

@@ -59,6 +59,7 @@ _DICTIONARIES = {
 }
 _ENDINGS = {"": "the other SAE", "_random": "as many random directions"}
 
+READS = ("tasks", "task_rows", "directions", "against")
 MEANINGS = {
     f"{source}_{rows}_{what}": f"{meaning} of {expected} with {described}"
     for source, expected in _SOURCES.items()

@@ -35,6 +35,7 @@ from sae_jax.evals.figures import average_figure, make_table
 KS = (1, 2, 5)
 _RIDGE = 1e-3
 
+READS = ("tasks", "task_rows")
 MEANINGS = {
     **{
         f"sparse_accuracy_{k}": f"held-out rows told right by a probe of {k} latent(s)"

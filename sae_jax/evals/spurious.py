@@ -12,7 +12,9 @@ for n = 1, 5, 20: 1 where the harm is undone, 0 where nothing is gained, below 0
 it is made worse. What a latent gives is its mean share in the biased probe's logit on
 train rows with the spurious concept less that on rows without; it is taken out by
 setting it to its mean over the train rows. Beside it the same of residual channels.
-Pairs on which the fair probe is not better are left out; intervals are over pairs.
+Where the fair probes are no better in all, nothing can be removed and the figures are
+left out; where the interval of spurious_gap comes near 0 they say little. Intervals are
+over pairs.
 
 Source: SAEBench (Karvonen et al. 2025, arXiv:2503.09532), spurious correlation removal,
 after Marks et al. 2024 (arXiv:2403.19647).
@@ -40,9 +42,11 @@ from sae_jax.evals.perturbation import NS, choose_channels, find_channel_shares
 from sae_jax.evals.task_rows import TaskRows, measure_pair_rows
 from sae_jax.progress import Progress
 
+READS = ("tasks", "task_rows")
 MEANINGS = {
     "spurious_fair_accuracy": "of a probe that the spurious concept did not mislead",
     "spurious_biased_accuracy": "of a probe that it did",
+    "spurious_gap": "the first less the second: the harm",
     **{
         f"spurious_removed_{n}": f"of the harm, what taking out {n} latent(s) undoes"
         for n in NS
@@ -66,19 +70,19 @@ def compute(context: Context, config: EvaluateConfig) -> dict[str, Any]:
         for pair in pairs:
             by_pair.append(_measure_pair(quiet, pair))
             progress.update(len(by_pair))
-    kept = [of for of in by_pair if of["fair"] > of["biased"]]
     figures = {
         f"spurious_{name}_accuracy": average_figure(
             [of[name] for of in by_pair], "pairs"
         )
         for name in ("fair", "biased")
     }
-    gap_p = np.array([of["fair"] - of["biased"] for of in kept])
-    for after in list(by_pair[0])[2:]:
-        if kept:
-            gain_p = np.array([of[after] - of["biased"] for of in kept])
+    gap_p = np.array([of["fair"] - of["biased"] for of in by_pair])
+    figures["spurious_gap"] = average_figure(gap_p, "pairs")
+    if gap_p.sum() > 0:
+        for after in list(by_pair[0])[2:]:
+            gain_p = np.array([of[after] - of["biased"] for of in by_pair])
             figures[f"spurious_removed_{after}"] = ratio_figure(
-                gain_p, gap_p, len(kept), "pairs"
+                gain_p, gap_p, len(pairs), "pairs"
             )
     rows: list[list[str | float]] = [
         [pair.name, *of.values()] for pair, of in zip(pairs, by_pair)

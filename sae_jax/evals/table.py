@@ -4,6 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 
+_LARGE = 1e7  # a number from here on that counts nothing is given to three digits
+_NOTHING = 1e-12  # below it rounding is all there is
+
+
 def format_table(results: Mapping[str, Any]) -> str:
     """All figures, metric by metric; plots and tables are left to the report."""
     lines = [
@@ -38,7 +42,9 @@ def format_name(results: Mapping[str, Any]) -> str:
 
 def format_value(value: float) -> str:
     """Whole numbers as they are; others to four places, fewer when they are large."""
-    if value == int(value):
+    if abs(value) >= _LARGE and not isinstance(value, int):
+        return f"{value:.3g}"
+    if abs(value) < _NOTHING or value == int(value):
         return f"{int(value):,}"
     if abs(value) < 1e-3:
         return f"{value:.2e}"
