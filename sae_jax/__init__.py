@@ -9,7 +9,7 @@ S latent shards, T tokens. Importing this package starts no JAX backend.
 """
 
 from sae_jax.config import TrainConfig
-from sae_jax.evals import evaluate
+from sae_jax.evals import EvaluateConfig, evaluate
 from sae_jax.loop import train
 from sae_jax.run import load
 from sae_jax.saes import SparseCode
@@ -17,6 +17,7 @@ from sae_jax.store import open_store
 from sae_jax.subjects import load_subject
 
 __all__ = [
+    "EvaluateConfig",
     "SparseCode",
     "TrainConfig",
     "evaluate",
