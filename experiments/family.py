@@ -17,8 +17,9 @@ which leaves out attention's scores (about a tenth of that) and the optimizer. A
 run goes on from its last minute, and what the table has is left as it is: for another
 store or number of contexts delete the table, and the models are only measured again.
 
-Cost: 34 TFLOP, 15 to 20 minutes on 2 free CPU cores, two thirds for the largest
-model. Steps were timed (7,600 tokens/s of it, 27,000 of the smallest), the whole not.
+Cost: 34 TFLOP, 30 minutes on 2 CPU cores with much else to do, two thirds for the
+largest model (4,000 to 7,000 tokens/s). experiments/family.csv is what it left, without
+extra text, on the library of Python 3.11.7: 5.79 nats at 0.24 TFLOP to 3.14 at 23.6.
 """
 
 import csv
