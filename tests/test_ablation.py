@@ -293,7 +293,7 @@ def test_an_sae_that_never_fires(subject, store):
 def test_a_horizon_beyond_the_context_is_refused(subject, store):
     sae = planted.make_sae(planted.random_params())
     config = EvaluateConfig(ablation_horizon=T + 1)
-    with pytest.raises(ValueError, match="17 tokens do not fit the contexts of 16"):
+    with pytest.raises(ValueError, match="ablation_horizon = 17: .* have 16 tokens"):
         _measure(sae, subject, store, config)
     values = _values(_measure(sae, subject, store, EvaluateConfig(ablation_horizon=T)))
     assert values["ablation_sparsity"] > 0
