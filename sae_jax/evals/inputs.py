@@ -60,7 +60,7 @@ def _check_sizes(
     if "ablation" in metrics and config.ablation_horizon > n_positions:
         raise ValueError(
             f"ablation_horizon = {config.ablation_horizon}: the contexts of "
-            f"{store.path} have {n_positions} tokens"
+            f"{store.path} have {n_positions} tokens: lower it"
         )
     if config.task_rows < LEAST_TASK_ROWS:
         raise ValueError(

@@ -83,12 +83,6 @@ def _draw_places(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Sequences and positions; `ablation_horizon` tokens begin at each position."""
     n_positions = context.store.context_length - config.ablation_horizon + 1
-    if n_positions < 1:
-        raise ValueError(
-            f"ablation_horizon = {config.ablation_horizon} tokens do not fit the "
-            f"contexts of {context.store.context_length} of {context.store.path}: "
-            "lower ablation_horizon"
-        )
     sequences = choose_sequences(context, config.ablated_tokens)
     n_each = min(-(-config.ablated_tokens // len(sequences)), n_positions)
     drawn_sn = [
