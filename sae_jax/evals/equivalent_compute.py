@@ -107,9 +107,9 @@ def _place(
 
     # d log C = -1/b d log(loss - E): what each token moves log C by, but for -1/b.
     change_sae_st = sae_st / (ce_sae - law.floor)
-    if ce_sae > family.losses_n.max():
+    if ce_sae > np.max(family.losses_n):
         bound("equivalent_compute_at_most", smallest)
-        if math.isfinite(at_clean) and ce_clean < family.losses_n.max():
+        if math.isfinite(at_clean) and ce_clean < np.max(family.losses_n):
             bound("equivalent_share_at_most", smallest / at_clean)
     elif not math.isfinite(at_sae):
         bound("equivalent_compute_at_least", largest)

@@ -61,7 +61,7 @@ def fit_law(computes_n: Array, losses_n: Array) -> ComputeLaw:
     def solve(exponent: float) -> tuple[float, float, float]:
         """The squared error, the floor, and the scale at the centre."""
         powers_n = (computes_n / centre) ** -exponent / losses_n
-        largest = powers_n.max()
+        largest = np.max(powers_n)
         basis_n2 = np.stack([1 / losses_n, powers_n / largest], axis=1)
         floor, scale = np.linalg.lstsq(basis_n2, np.ones_like(losses_n))[0]
         if floor < 0:

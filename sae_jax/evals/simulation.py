@@ -162,7 +162,7 @@ def _simulate(
     place_s[tested] = np.arange(len(tested))
     places_f, positions_f = place_s[rows_f // n_positions], rows_f % n_positions
     is_tested_f = places_f >= 0
-    n_slots = max(1, int(counts_r.max()))
+    n_slots = max(1, int(np.max(counts_r)))
     shape = (len(tested), n_positions, n_slots)
     values, latents = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
     at = tuple(index[is_tested_f] for index in (places_f, positions_f, slots_f))

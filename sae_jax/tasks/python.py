@@ -322,7 +322,7 @@ def _guess_by_spelling(
     spelling is that of a token of each class; an unknown one is half guessed."""
     if not rows:
         return 0.5
-    n_spellings = 1 + max(int(pool.spelling_n.max(initial=0)) for pool in pools)
+    n_spellings = 1 + max(int(np.max(pool.spelling_n, initial=0)) for pool in pools)
     frequencies = []
     for label in (0, 1):
         spellings = [
@@ -331,7 +331,7 @@ def _guess_by_spelling(
             if not pool.is_heldout
         ]
         counts = np.bincount(np.concatenate(spellings), minlength=n_spellings)
-        frequencies.append(counts / max(1, counts.sum()))
+        frequencies.append(counts / max(1, int(np.sum(counts))))
     lean = frequencies[1] - frequencies[0]
     guesses = [np.sign(lean[pools[row.pool].spelling_n[row.token]]) for row in rows]
     signs = [1 if row.label else -1 for row in rows]
