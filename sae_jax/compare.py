@@ -109,6 +109,7 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
         results["metrics"]["reconstruction"]["l0"]["value"]
+        results["settings"]["reconstruction"]["rows"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} is not an evaluation with the suite core: {error!r}; run sae-jax "
@@ -154,7 +155,7 @@ def _show(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> str:
 
 
 def _name(folders: Sequence[str | Path]) -> list[str]:
-    """The folders without the path that they share."""
+    """The folders' own names, or their whole paths where two are called alike."""
     paths = [Path(folder).resolve() for folder in folders]
     names = [path.name for path in paths]
     if len(set(names)) < len(names):

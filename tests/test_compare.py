@@ -108,6 +108,7 @@ def test_what_not_all_have_is_left_blank(folders):
             "reconstruction was measured with rows = 1 in .*, with 336 in .*alike",
         ),
         ({"metrics": {}}, "not an evaluation with the suite core"),
+        ({"settings": {"rows": 336}}, "not an evaluation with the suite core"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(folders, changes, match):

@@ -1,4 +1,4 @@
-"""Compare SAEs that were evaluated: a table, and frontiers of each figure against L0.
+"""Compare SAEs that were evaluated: a table, and frontiers of its figures against L0.
 
     sae-jax evaluate run1/; sae-jax evaluate run2/
     sae-jax compare run1/ run2/ --out=comparison/

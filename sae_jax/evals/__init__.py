@@ -135,9 +135,10 @@ def evaluate(
     settings = {name: _list_settings(name, config, files) for name in METRICS}
     done = _take_over(Path(file), results, settings) if file else {}
     for name in metrics:
-        if name not in done:
-            done[name] = METRICS[name].compute(context, config)
-            _check_finite(name, done[name])
+        if name in done:
+            continue
+        done[name] = METRICS[name].compute(context, config)
+        _check_finite(name, done[name])
         if file:
             whole = _put_together(results, done, settings)
             write_whole(file, json.dumps(whole, indent=2, allow_nan=False) + "\n")

@@ -1,9 +1,9 @@
 """Absorption: a concept that its latents miss, because others have taken it over.
 
-The main latents of a task are those that fire most more on its positives, as few of 1
-to 5 as make a sparse probe to which one more adds less than 0.03 of accuracy, all on
-train rows. On a held-out positive that
-the probe p of whole rows tells right, with g_l the share of latent l in its logit,
+The main latents of a task are those whose values differ most in favour of its
+positives: as few of 1 to 5 as make a sparse probe to which one more adds less than 0.03
+of accuracy, all on train rows. On a held-out positive that the probe p of whole rows
+tells right, with g_l the share of latent l in its logit,
 
     main      = sum of g_l over the main latents
     absorbers = the other latents with g_l > 0 whose decoder row has a cosine with p of
