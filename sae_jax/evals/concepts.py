@@ -29,6 +29,7 @@ from sae_jax.progress import Progress
 Floats = NDArray[np.floating[Any]]
 
 RIDGE = 0.01  # of probes of whole rows, on standardised channels
+NS = (1, 5, 20)  # latents or channels that metrics take out
 _SHARE_ROWS = 256  # of which a multiple is looked at, so that few programs serve
 
 
@@ -159,6 +160,21 @@ def find_values(side: Side, latents_f: NDArray[np.int64]) -> Floats:
     """The values of some latents, [N, F]."""
     is_it_nkf = side.indices_nk[..., None] == latents_f
     return np.sum(side.values_nk[..., None] * is_it_nkf, axis=1)
+
+
+def choose_channels(concept: Concept, n: int) -> NDArray[np.int64]:
+    """At most n channels that give most to the probe on positives of the train rows."""
+    side = concept.train
+    positive_d = side.acts_nd[side.labels_n].mean(axis=0)
+    given_d = (positive_d - side.acts_nd[~side.labels_n].mean(axis=0)) * concept.slope_d
+    order_d = np.argsort(-given_d, kind="stable")[:n]
+    return order_d[given_d[order_d] > 0]
+
+
+def find_channel_shares(concept: Concept) -> Floats:
+    """What each channel of held-out rows, less its train mean, gives, [N, D]."""
+    centred_nd = concept.heldout.acts_nd - concept.train.acts_nd.mean(axis=0)
+    return centred_nd * concept.slope_d
 
 
 def measure_accuracy(logits_n: Floats, labels_n: NDArray[np.bool_]) -> float:

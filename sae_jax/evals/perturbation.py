@@ -24,9 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae_jax.evals.concepts import (
+    NS,
     Concept,
     Floats,
+    choose_channels,
     choose_given,
+    find_channel_shares,
     find_share_means,
     find_shares,
     measure_accuracy,
@@ -35,8 +38,6 @@ from sae_jax.evals.concepts import (
 from sae_jax.evals.config import EvaluateConfig
 from sae_jax.evals.context import Context
 from sae_jax.evals.figures import Figure, average_figure
-
-NS = (1, 5, 20)
 
 _DROPS = {
     "targeted_drop": "accuracy that a task loses with its {n} {what} taken out",
@@ -106,21 +107,6 @@ def choose_latents(context: Context, concept: Concept) -> NDArray[np.int64]:
     """The latents that give most to the task's own probe, the most first."""
     share_nk = find_shares(context, concept.train, concept.slope_d)
     return choose_given(concept.train, share_nk, max(NS))
-
-
-def choose_channels(concept: Concept, n: int) -> NDArray[np.int64]:
-    """At most n channels that give most to the probe on positives of the train rows."""
-    side = concept.train
-    positive_d = side.acts_nd[side.labels_n].mean(axis=0)
-    given_d = (positive_d - side.acts_nd[~side.labels_n].mean(axis=0)) * concept.slope_d
-    order_d = np.argsort(-given_d, kind="stable")[:n]
-    return order_d[given_d[order_d] > 0]
-
-
-def find_channel_shares(concept: Concept) -> Floats:
-    """What each channel of held-out rows, less its train mean, gives, [N, D]."""
-    centred_nd = concept.heldout.acts_nd - concept.train.acts_nd.mean(axis=0)
-    return centred_nd * concept.slope_d
 
 
 def _find_drops(

@@ -26,9 +26,12 @@ from typing import Any
 import numpy as np
 
 from sae_jax.evals.concepts import (
+    NS,
     Concept,
     Floats,
+    choose_channels,
     choose_given,
+    find_channel_shares,
     find_share_means,
     find_shares,
     fit_probe,
@@ -38,7 +41,6 @@ from sae_jax.evals.concepts import (
 from sae_jax.evals.config import EvaluateConfig
 from sae_jax.evals.context import Context
 from sae_jax.evals.figures import average_figure, make_table, ratio_figure
-from sae_jax.evals.perturbation import NS, choose_channels, find_channel_shares
 from sae_jax.evals.task_rows import TaskRows, measure_pair_rows
 from sae_jax.progress import Progress
 
