@@ -1,0 +1,228 @@
+"""The stream: documents in, blocks of contexts out, a split each."""
+
+import sys
+from array import array
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from sae_jax.packing.layout import Ids, Layout, lay
+from sae_jax.store import NO_DOCUMENT, SPLITS, Contexts, is_row
+from sae_jax.text import Document, is_heldout
+
+# What is tokenised at once, by all cores: enough to keep them busy.
+_BATCH_DOCUMENTS = 256
+_BATCH_CHARACTERS = 2**20
+
+
+def pack(
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    layout: Layout,
+    *,
+    heldout_every: int,
+    max_rows: int | None,
+    rows_per_chunk: int,
+    sequences_per_block: int,
+) -> "Packer":
+    """The documents' contexts: at most `max_rows` rows, in whole chunks of rows.
+
+    Of the chunks, one in `heldout_every` is for `heldout`. Blocks are of
+    `sequences_per_block` contexts, but for the last of each split.
+    """
+    quota = _share(max_rows, rows_per_chunk, heldout_every)
+    splits = {
+        name: _Split(name, layout, quota[name], rows_per_chunk, sequences_per_block)
+        for name in SPLITS
+    }
+    return Packer(documents, tokenizer, heldout_every, splits)
+
+
+class Packer:
+    """Gives blocks of contexts, once; the figures hold when it has come to its end."""
+
+    def __init__(
+        self,
+        documents: Iterable[Document],
+        tokenizer: Tokenizer,
+        heldout_every: int,
+        splits: "dict[str, _Split]",
+    ):
+        self.names: list[str] = []  # of the documents, by id
+        self._documents = documents
+        self._tokenizer = tokenizer
+        self._heldout_every = heldout_every
+        self._splits = splits
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """By split, whole chunks: the first so many kept positions of its contexts."""
+        return {name: split.n_rows for name, split in self._splits.items()}
+
+    @property
+    def dropped_tokens(self) -> dict[str, int]:
+        """By split: tokens of its documents that are in no context."""
+        return {name: split.n_dropped for name, split in self._splits.items()}
+
+    def __iter__(self) -> Iterator[Contexts]:
+        """Raises ValueError for a token that the subject does not have and, at the
+        end, if a split fills no chunk of rows."""
+        for split, name, ids in self._tokenise():
+            if ids and not split.is_full:
+                split.add(ids, len(self.names))
+                self.names.append(name)
+                yield from split.take_blocks()
+        if not self.names:
+            raise ValueError(
+                "no text: no document has a token; give files with text in them"
+            )
+        for split in self._splits.values():
+            split.finish()
+        for split in self._splits.values():
+            yield from split.take_blocks(is_last=True)
+
+    def _tokenise(self) -> "Iterator[tuple[_Split, str, list[int]]]":
+        for batch in self._batch():
+            encodings = self._tokenizer.encode_batch_fast(
+                [document.text for _, document in batch], add_special_tokens=False
+            )
+            for (split, document), encoding in zip(batch, encodings, strict=True):
+                yield split, document.name, encoding.ids
+
+    def _batch(self) -> "Iterator[list[tuple[_Split, Document]]]":
+        """What is tokenised together, without the documents of a split that is full."""
+        batch: list[tuple[_Split, Document]] = []
+        n_characters = 0
+        for document in self._documents:
+            if all(split.is_full for split in self._splits.values()):
+                return
+            is_out = is_heldout(document.name, self._heldout_every)
+            split = self._splits["heldout" if is_out else "train"]
+            if split.is_full:
+                continue
+            batch.append((split, document))
+            n_characters += len(document.text)
+            if len(batch) == _BATCH_DOCUMENTS or n_characters >= _BATCH_CHARACTERS:
+                yield batch
+                batch, n_characters = [], 0
+        if batch:
+            yield batch
+
+
+class _Split:
+    """One split on its way: text to be laid into contexts, contexts to be given."""
+
+    def __init__(
+        self,
+        name: str,
+        layout: Layout,
+        quota: int,
+        rows_per_chunk: int,
+        sequences_per_block: int,
+    ):
+        self.n_dropped = 0
+        self._name = name
+        self._layout = layout
+        self._quota = quota  # of rows
+        self._rows_per_chunk = rows_per_chunk
+        self._sequences_per_block = sequences_per_block
+        self._text = array("i")
+        self._owners: list[int] = []  # the documents of the text,
+        self._lengths: list[int] = []  # and how much of it is theirs
+        no_contexts = np.empty((0, layout.context_length), np.int32)
+        self._tokens, self._documents = no_contexts, no_contexts
+        self._starts = np.empty(0, np.int64)  # the rows before each, in the split
+        self._n_laid_rows = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self._n_laid_rows >= self._quota
+
+    @property
+    def n_rows(self) -> int:
+        laid = self._n_laid_rows // self._rows_per_chunk * self._rows_per_chunk
+        return min(laid, self._quota)
+
+    def add(self, ids: list[int], document: int) -> None:
+        before = len(self._text)
+        self._text.fromlist(self._layout.before_document)
+        self._text.fromlist(ids)
+        length = len(self._text) - before
+        self._owners.append(document)
+        self._lengths.append(length)
+        self.n_dropped += length
+        # A token gives at most two rows, its own and that of a context's first.
+        may_be_full = self._n_laid_rows + 2 * len(self._text) >= self._quota
+        a_block = self._sequences_per_block * self._layout.context_length
+        if may_be_full or len(self._text) >= a_block:
+            self._lay()
+
+    def finish(self) -> None:
+        """Lays what is left; ValueError if the split gives no chunk of rows."""
+        self._lay()
+        if not self.n_rows:
+            raise ValueError(
+                f"the {self._name} documents give {self._n_laid_rows} rows in contexts "
+                f"of context_length = {self._layout.context_length}, and one chunk "
+                f"takes rows_per_chunk = {self._rows_per_chunk}: give more text, or "
+                "lower them"
+            )
+
+    def take_blocks(self, is_last: bool = False) -> Iterator[Contexts]:
+        """Blocks of the contexts that hold rows for certain."""
+        size = self._sequences_per_block
+        if len(self._tokens) < size and not is_last:
+            return
+        n_certain = int(np.searchsorted(self._starts, self.n_rows))
+        n = n_certain if is_last else n_certain // size * size
+        tokens, self._tokens = self._tokens[:n], self._tokens[n:]
+        documents, self._documents = self._documents[:n], self._documents[n:]
+        self._starts = self._starts[n:]
+        n_lead = n * len(self._layout.before_context)
+        self.n_dropped -= int(np.count_nonzero(documents != NO_DOCUMENT)) - n_lead
+        for first in range(0, n, size):
+            block = slice(first, first + size)
+            yield Contexts(self._name, tokens[block], documents[block])
+
+    def _lay(self) -> None:
+        """Text becomes contexts; what of joined text fills none is kept."""
+        text = np.array(self._text, np.int32)
+        self._check_tokens(text)
+        lengths = np.array(self._lengths, np.int64)
+        owners = np.repeat(np.array(self._owners, np.int32), lengths)
+        tokens, documents, n_used = lay(self._layout, text, owners, lengths)
+        rows = is_row(tokens, documents, self._layout.excluded_ids).sum(axis=1)
+        starts = self._n_laid_rows + np.cumsum(rows) - rows
+        self._n_laid_rows += int(rows.sum())
+        self._tokens = np.concatenate([self._tokens, tokens])
+        self._documents = np.concatenate([self._documents, documents])
+        self._starts = np.concatenate([self._starts, starts])
+        self._text = array("i", text[n_used:].tobytes())
+        left, lengths = np.unique(owners[n_used:], return_counts=True)
+        self._owners, self._lengths = left.tolist(), lengths.tolist()
+
+    def _check_tokens(self, text: Ids) -> None:
+        if len(text) and (token := int(text.max())) >= self._layout.vocab_size:
+            raise ValueError(
+                f"the tokenizer gave token {token}, and the subject's are 0 to "
+                f"{self._layout.vocab_size - 1}: its tokenizer does not fit it; take "
+                "the tokenizer.json that came with the weights"
+            )
+
+
+def _share(
+    max_rows: int | None, rows_per_chunk: int, heldout_every: int
+) -> dict[str, int]:
+    """How many rows of each split are wanted at most, in whole chunks."""
+    if max_rows is None:
+        return dict.fromkeys(SPLITS, sys.maxsize)
+    n_chunks = max_rows // rows_per_chunk
+    if n_chunks < 2:
+        raise ValueError(
+            f"max_rows = {max_rows} is less than a train and a heldout chunk of "
+            f"rows_per_chunk = {rows_per_chunk}: make it at least {2 * rows_per_chunk}"
+        )
+    heldout = max(1, round(n_chunks / heldout_every))
+    chunks = {"train": n_chunks - heldout, "heldout": heldout}
+    return {split: n * rows_per_chunk for split, n in chunks.items()}

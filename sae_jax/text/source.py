@@ -1,0 +1,147 @@
+"""What a corpus is made of: documents, the sources that give them, files on a disk."""
+
+import contextlib
+import gzip
+import hashlib
+import importlib
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+TEXT_FIELD = "text"
+_SHOWN_FIELDS = 12
+_BUFFER = 2**20  # bytes
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and its name, which chooses its split."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What gives documents: the same, in the same order, at every reading.
+
+    `identity` tells its content and how that is read, but not where it lies.
+    """
+
+    name: str
+    identity: str
+    read: Callable[[], Iterator[Document]]
+    is_one_document: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file as it was when its corpus was opened."""
+
+    name: str  # its path below what was given
+    path: str
+    sha256: str
+    size: int
+    changed_ns: int
+
+    def check_unchanged(self) -> None:
+        """ValueError if the file is not the one whose hash was taken."""
+        status = Path(self.path).stat()
+        if (status.st_size, status.st_mtime_ns) != (self.size, self.changed_ns):
+            raise ValueError(
+                f"{self.path} has changed since its corpus was opened: leave the text "
+                "alone and start again"
+            )
+
+
+def hash_file(name: str, path: Path) -> File:
+    """The file, read once from end to end."""
+    status = path.stat()
+    with path.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return File(name, str(path), sha256, status.st_size, status.st_mtime_ns)
+
+
+def open_stream(path: str | Path) -> IO[bytes]:
+    """The file's bytes, unpacked where its name ends in `.gz`."""
+    if str(path).lower().endswith(".gz"):
+        return io.BufferedReader(gzip.open(path), _BUFFER)  # alone it is slow by line
+    return open(path, "rb")
+
+
+@contextlib.contextmanager
+def naming_damage(path: str | Path) -> Iterator[None]:
+    """ValueError, naming the file, where it is no whole gzip file."""
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{path} is a damaged gzip file ({error}): fetch or write it again"
+        ) from None
+
+
+def take_text(record: Any, text_field: str, where: str) -> str:
+    """The text of a record; ValueError, saying `where`, if it has none."""
+    if not isinstance(record, dict):
+        raise ValueError(
+            f"{where} holds a {type(record).__name__}, not a JSON object: give one "
+            "object a line"
+        )
+    if text_field not in record:
+        raise ValueError(
+            f"{where} has no field {text_field!r}: name one of its fields with "
+            f"--text_field: {show_names(record)}"
+        )
+    return check_text(record[text_field], text_field, where)
+
+
+def check_text(text: Any, text_field: str, where: str) -> str:
+    """The text itself, if it is one that can be tokenised."""
+    if not isinstance(text, str):
+        raise ValueError(
+            f"{where}: field {text_field!r} is a {type(text).__name__}, not a string: "
+            "cure the record or leave it out"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: field {text_field!r} holds half a character (a lone surrogate) "
+            f"at {error.start}: cure the record or leave it out"
+        ) from None
+    return text
+
+
+def show_names(names: Any) -> str:
+    """The first names of many, as a reader of an error wants them."""
+    shown = [repr(name) for name in names]
+    more = ["..."] if len(shown) > _SHOWN_FIELDS else []
+    return ", ".join(shown[:_SHOWN_FIELDS] + more) or "it has none"
+
+
+def import_extra(module: str) -> Any:
+    """The module, which only the extra `text` brings."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"to read this text, {error.name} must be installed: run "
+            "pip install 'sae_jax[text]'"
+        ) from None
+
+
+def hash_name(name: str) -> int:
+    """The first 8 bytes of the name's SHA-256, big endian: the same everywhere."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
+def is_heldout(name: str, every: int) -> bool:
+    """Whether the document is held out: one in `every`, by the hash of its name.
+
+    The default subject held out every=20, activation stores hold out every=5.
+    Since 5 divides 20, what the subject never saw is held out of every store too.
+    """
+    return hash_name(name) % every == 0
