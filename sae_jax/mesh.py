@@ -40,6 +40,16 @@ def make_mesh(config: MeshConfig | None = None, n_latents: int | None = None) ->
     return _mesh((config.data, n_latent), devices)
 
 
+def make_local_mesh(n_latent: int = 1) -> Mesh:
+    """A mesh over this process's own devices; ValueError if they do not divide so."""
+    devices = jax.local_devices()
+    if n_latent < 1 or len(devices) % n_latent:
+        raise ValueError(
+            f"{len(devices)} device(s) do not divide by {n_latent}: give a divisor"
+        )
+    return _mesh((len(devices) // n_latent, n_latent), devices)
+
+
 def single_device_mesh() -> Mesh:
     """A (1, 1) mesh on the first local device."""
     return _mesh((1, 1), jax.local_devices()[:1])

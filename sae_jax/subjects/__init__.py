@@ -5,153 +5,108 @@
     logits_btv, acts = subject.forward(tokens_bt, capture=["resid_post.3"])
 """
 
-import dataclasses
-import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike, DTypeLike
-from tokenizers import Tokenizer
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
-from sae_jax.subjects import folder, llama
-from sae_jax.subjects.display import display_token
-from sae_jax.subjects.sites import KINDS, Site, parse_site
+from sae_jax.subjects import folder, gpt2, hub
+from sae_jax.subjects.architectures import ARCHITECTURES
+from sae_jax.subjects.fields import Fields
+from sae_jax.subjects.sites import Site, parse_site
+from sae_jax.subjects.subject import Subject
+from sae_jax.subjects.tokens import read_special_tokens, read_tokenizer
+from sae_jax.subjects.weights import list_weight_files, read_weights
 
-__all__ = ["Site", "Subject", "load_subject", "next_token_loss", "parse_site"]
+if TYPE_CHECKING:
+    from sae_jax.subjects.torch_model import TorchSubject
+
+__all__ = [
+    "AnySubject",
+    "Site",
+    "Subject",
+    "load_any_subject",
+    "load_subject",
+    "next_token_loss",
+    "parse_site",
+]
+
+AnySubject: TypeAlias = "Subject | TorchSubject"
+
 
 _DEFAULT_FOLDER = Path(__file__).parent / "default"
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A language model: a pytree whose leaves are its weights.
+def load_any_subject(
+    path: str = "default", dtype: DTypeLike | None = None, mesh: Mesh | None = None
+) -> "Subject | TorchSubject":
+    """`load_subject`, and through torch what it refuses for its architecture: that can
+    be harvested from, on one device, and not evaluated on."""
+    root, name = _find(path)
+    if _get_architecture_name(folder.read_fields(root)) in ARCHITECTURES:
+        return load_subject(path, dtype, mesh)
+    # Here, for what it imports is an extra.
+    from sae_jax.subjects.torch_model import load_torch_subject
 
-    `identity` is the first 16 hex digits of a SHA-256 of the weight file and of what
-    config.json says; the dtype of the matmuls is not in it.
-    Two subjects of one name, identity and shape share a compiled function.
-    """
-
-    weights: llama.Weights
-    config: llama.LlamaConfig
-    tokenizer: Tokenizer
-    name: str
-    identity: str
-    bos_id: int
-
-    @property
-    def dtype(self) -> str:
-        """The name of the dtype of weights and matmuls."""
-        return self.weights["embed_vd"].dtype.name
-
-    @property
-    def d_model(self) -> int:
-        return self.config.d_model
-
-    @property
-    def n_layers(self) -> int:
-        return self.config.n_layers
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def context_length(self) -> int:
-        return self.config.context_length
-
-    def width(self, site: str) -> int:
-        """The width of the activations at the site; ValueError if there is none."""
-        return llama.get_width(self.config, self._find_site(site).kind)
-
-    def encode(self, text: str) -> np.ndarray:
-        """The int32 token ids of the text, without the BOS token."""
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        return np.asarray(encoding.ids, np.int32)
-
-    def decode_tokens(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """The text of each token; bytes that are no whole character as `\\xe2`."""
-        return [display_token(self.tokenizer, int(token)) for token in ids]
-
-    def forward(
-        self,
-        tokens_bt: ArrayLike,
-        capture: Sequence[str] = (),
-        replace: Mapping[str, llama.Replacement] | None = None,
-        logits: bool = True,
-    ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
-        """Float32 logits [B, T, V] and the activations [B, T, D] of captured sites.
-
-        `replace` maps a site to a function of (acts_btd, tokens_bt) whose result
-        takes the place of the activations: a `jax.tree_util.Partial`, so that its
-        weights are arguments of a compiled function and not constants. A site that
-        is replaced and captured is captured after its replacement. Without
-        `logits` nothing past the deepest captured layer is run, and the first
-        result is None. Inputs hold a BOS token where one is wanted; rows longer
-        than the context raise ValueError.
-        """
-        tokens_bt = jnp.asarray(tokens_bt)
-        if tokens_bt.shape[1] > self.context_length:
-            raise ValueError(
-                f"subject {self.name!r} has a context of {self.context_length} tokens, "
-                f"the rows have {tokens_bt.shape[1]}: give shorter rows"
-            )
-        captured_sites = {name: self._find_site(name) for name in capture}
-        replaced = {self._find_site(name): fn for name, fn in (replace or {}).items()}
-        deepest = max((site.layer for site in captured_sites.values()), default=-1)
-        x_btd, acts = llama.forward(
-            self.weights,
-            self.config,
-            tokens_bt,
-            set(captured_sites.values()),
-            replaced,
-            stop_after=None if logits else deepest,
-        )
-        logits_btv = None
-        if logits:
-            logits_btv = llama.compute_logits(self.weights, self.config, x_btd)
-        return logits_btv, {name: acts[site] for name, site in captured_sites.items()}
-
-    def _find_site(self, name: str) -> Site:
-        site = parse_site(name)
-        if site.layer >= self.n_layers:
-            raise ValueError(
-                f"no site {name!r} in subject {self.name!r}: its layers are "
-                f"0..{self.n_layers - 1}, its kinds {', '.join(KINDS)}"
-            )
-        return site
+    return load_torch_subject(root, name, dtype)
 
 
-def load_subject(path: str = "default", dtype: DTypeLike | None = None) -> Subject:
-    """The model in a Hugging Face folder; "default" is the one in the package.
+def load_subject(
+    path: str = "default", dtype: DTypeLike | None = None, mesh: Mesh | None = None
+) -> Subject:
+    """The model in a Hugging Face folder; "default" is the one in the package, and
+    `org/name` or `org/name@revision` is fetched from the Hugging Face Hub.
 
     Weights and matmuls are `dtype`: float32 on a CPU and bfloat16 elsewhere where
-    it is None. Raises FileNotFoundError for a missing file and ValueError for one
-    that is damaged, or for a model that is not of the Llama family.
+    it is None. With a mesh of `sae_jax.mesh` weights are spread over its latent axis,
+    each device reading its own part; without one they are on one device. Raises
+    FileNotFoundError for a missing file and ValueError for one that is damaged, or
+    for a model of no architecture in `ARCHITECTURES`.
     """
-    root = _DEFAULT_FOLDER if path == "default" else Path(path)
-    for file in (folder.CONFIG_FILE, folder.WEIGHTS_FILE, folder.TOKENIZER_FILE):
-        if not (root / file).is_file():
-            raise FileNotFoundError(
-                f"no {file} in {str(root)!r}: give a Hugging Face model folder with "
-                "config.json, model.safetensors and tokenizer.json"
-            )
-    config = folder.read_config(root)
+    root, shown_name = _find(path)
+    fields = folder.read_fields(root)
+    name = _get_architecture_name(fields)
+    if name not in ARCHITECTURES:
+        raise ValueError(
+            f"{fields.path}: architecture {name!r} does not run in JAX, which "
+            f"{', '.join(ARCHITECTURES)} do; sae-jax harvest reads it through torch, "
+            "with the extra torch"
+        )
+    architecture = ARCHITECTURES[name]
+    if fields.values.get("quantization_config") is not None:
+        raise ValueError(
+            f"{fields.path}: the weights are quantized (quantization_config): give "
+            "them as they were before"
+        )
+    config = architecture.read_config(name, fields)
+    files = list_weight_files(root)
+    tokenizer = read_tokenizer(root, config.vocab_size, architecture is gpt2)
+    special = read_special_tokens(
+        root, tokenizer, config.vocab_size, architecture.get_default_bos_id(name)
+    )
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    bos_id = folder.read_bos_id(root, config)
-    tokenizer = folder.read_tokenizer(root, config)
-    weights = folder.read_weights(root, config, dtype)
+    weights = read_weights(
+        files,
+        architecture.list_shapes(config),
+        architecture.find_stored,
+        architecture.PREFIX,
+        dtype,
+        architecture.count_units(config),
+        mesh,
+    )
     return Subject(
-        weights=jax.tree.map(jnp.asarray, weights),
+        weights=weights,
         config=config,
         tokenizer=tokenizer,
-        name="default" if path == "default" else root.resolve().name,
-        identity=_identify(root / folder.WEIGHTS_FILE, config, bos_id),
-        bos_id=bos_id,
+        name=shown_name,
+        identity=folder.identify(files, config, special.bos_id),
+        bos_id=special.bos_id,
+        special_ids=special.special_ids,
+        pad_id=special.pad_id,
     )
 
 
@@ -163,54 +118,18 @@ def next_token_loss(logits_btv: jax.Array, tokens_bt: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits_btv, axis=-1) - chosen_bt
 
 
-@dataclass(frozen=True)
-class _Static:
-    """What of a subject is no array. Equality decides what is compiled anew, so
-    the tokenizer, which no forward pass reads, takes no part in it."""
-
-    config: llama.LlamaConfig
-    name: str
-    identity: str
-    bos_id: int
-    tokenizer: Tokenizer
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and self._key() == other._key()
-
-    def __hash__(self) -> int:
-        return hash(self._key())
-
-    def _key(self) -> tuple:
-        return self.config, self.name, self.identity, self.bos_id
+def _find(path: str) -> tuple[Path, str]:
+    """The folder of a subject, and its name."""
+    if path == "default":
+        return _DEFAULT_FOLDER, path
+    if hub.is_hub_name(path):
+        return hub.fetch(path), path  # the folder is named by its commit
+    return Path(path), Path(path).resolve().name
 
 
-def _flatten(subject: Subject) -> tuple[tuple[llama.Weights], _Static]:
-    static = _Static(
-        subject.config,
-        subject.name,
-        subject.identity,
-        subject.bos_id,
-        subject.tokenizer,
-    )
-    return (subject.weights,), static
-
-
-def _unflatten(static: _Static, children: tuple[llama.Weights]) -> Subject:
-    return Subject(
-        children[0],
-        static.config,
-        static.tokenizer,
-        static.name,
-        static.identity,
-        static.bos_id,
-    )
-
-
-jax.tree_util.register_pytree_node(Subject, _flatten, _unflatten)
-
-
-def _identify(weights: Path, config: llama.LlamaConfig, bos_id: int) -> str:
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    digest.update(repr((dataclasses.asdict(config), bos_id)).encode())
-    return digest.hexdigest()[:16]
+def _get_architecture_name(fields: Fields) -> str:
+    """The one name in `architectures`; whatever else is there is no architecture."""
+    names = fields.values.get("architectures")
+    if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str):
+        return names[0]
+    return str(names)

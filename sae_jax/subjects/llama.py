@@ -1,38 +1,79 @@
-"""The Llama architecture: its forward pass, with every site read or replaced.
+"""The Llama architecture, which Mistral and Qwen2 share: config, names, forward pass.
 
 Per block, on the residual stream x (Touvron et al. 2023, arXiv:2302.13971):
 
     x ← x + Attention(RMSNorm(x)) W_o
     x ← x + (silu(RMSNorm(x) W_gate) · (RMSNorm(x) W_up)) W_down
 
-with rotary positions in the rotate-half convention (dimension i turns with
-i + E/2) and key-value heads that may each serve a group of query heads. The
-matrices multiply from the right, so they are the transposes of the ones that a
-Hugging Face file holds. The type of the weights is the type of the matmuls;
-norms, softmax and logits are float32.
+with rotary positions and key-value heads that may each serve a group of query heads.
+By config, products have biases, another function stands for silu, and layers attend
+to a window of positions. The matrices multiply from the right, so they are the
+transposes of the ones that a Hugging Face file holds. The type of the weights is the
+type of the matmuls; norms, softmax and logits are float32.
 
 Axes: B batch, T tokens, D model width, V vocabulary, M MLP width, H query heads,
 G key-value heads, Q queries of one of them (H / G heads by T), E head width,
 S = T (the position attended to).
 """
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
-from sae_jax.subjects.sites import Site
+from sae_jax.subjects.fields import Fields
+from sae_jax.subjects.layers import ACTIVATIONS, attend, multiply, split_heads
+from sae_jax.subjects.rotary import (
+    Rotary,
+    Scaling,
+    compute_rotary,
+    read_rotary,
+    rotate,
+)
+from sae_jax.subjects.sites import Replacement, Site, Visitor
+from sae_jax.subjects.weights import Stored, Weights
 
-Weights = dict[str, Any]
-Replacement = Callable[[jax.Array, jax.Array], jax.Array]
+# The defaults of transformers: key-value heads, context, BOS token.
+_DEFAULTS: dict[str, tuple[int | None, int, int | None]] = {
+    "LlamaForCausalLM": (None, 2048, 1),
+    "MistralForCausalLM": (8, 131072, 1),
+    "Qwen2ForCausalLM": (32, 32768, None),
+}
+NAMES: tuple[str, ...] = tuple(_DEFAULTS)
+PREFIX = "model."
+
+_OUTER_NAMES = {
+    "embed_vd": "model.embed_tokens.weight",
+    "final_norm_d": "model.norm.weight",
+    "head_vd": "lm_head.weight",
+}
+_BLOCK_NAMES = {
+    "attn_norm_d": "input_layernorm.weight",
+    "w_q_dh": "self_attn.q_proj.weight",
+    "w_k_dg": "self_attn.k_proj.weight",
+    "w_v_dg": "self_attn.v_proj.weight",
+    "w_o_hd": "self_attn.o_proj.weight",
+    "b_q_h": "self_attn.q_proj.bias",
+    "b_k_g": "self_attn.k_proj.bias",
+    "b_v_g": "self_attn.v_proj.bias",
+    "b_o_d": "self_attn.o_proj.bias",
+    "mlp_norm_d": "post_attention_layernorm.weight",
+    "w_gate_dm": "mlp.gate_proj.weight",
+    "w_up_dm": "mlp.up_proj.weight",
+    "w_down_md": "mlp.down_proj.weight",
+    "b_gate_m": "mlp.gate_proj.bias",
+    "b_up_m": "mlp.up_proj.bias",
+    "b_down_d": "mlp.down_proj.bias",
+}
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The sizes of a Llama model, as its config.json gives them."""
+    """The sizes of a Llama model, as its config.json gives them, and its options.
+
+    Layers of `windowed_layers` attend to the last `window` positions alone.
+    """
 
     vocab_size: int
     d_model: int
@@ -45,6 +86,13 @@ class LlamaConfig:
     rms_norm_eps: float
     rope_theta: float
     tied_head: bool
+    rope_scaling: Scaling | None = None
+    activation: str = "silu"
+    qkv_bias: bool = False
+    attn_out_bias: bool = False
+    mlp_bias: bool = False
+    window: int | None = None
+    windowed_layers: tuple[int, ...] = ()
 
 
 def forward(
@@ -57,36 +105,30 @@ def forward(
 ) -> tuple[jax.Array, dict[Site, jax.Array]]:
     """The last residual stream [B, T, D] and the captured sites.
 
-    A site that is replaced and captured is captured after its replacement. With
-    `stop_after` only the blocks up to that layer are run (-1: none).
+    With `stop_after` only the blocks up to that layer are run (-1: none).
     """
-    captured: dict[Site, jax.Array] = {}
-
-    def visit(kind: str, layer: int, acts: jax.Array) -> jax.Array:
-        site = Site(kind, layer)
-        if site in replace:
-            acts = replace[site](acts, tokens_bt).astype(acts.dtype)
-        if site in capture:
-            captured[site] = acts
-        return acts
-
+    visitor = Visitor(tokens_bt, capture, replace)
+    visit, activate = visitor.visit, ACTIVATIONS[config.activation]
     x_btd = weights["embed_vd"][tokens_bt]
-    rotary = _compute_rotary(config, tokens_bt.shape[1])
+    rotary = compute_rotary(
+        config.d_head, config.rope_theta, config.rope_scaling, tokens_bt.shape[1]
+    )
     last = config.n_layers - 1 if stop_after is None else stop_after
     for layer, block in enumerate(weights["blocks"][: last + 1]):
         x_btd = visit("resid_pre", layer, x_btd)
         normed_btd = _normalize(x_btd, block["attn_norm_d"], config.rms_norm_eps)
-        attn_btd = _attend(block, config, normed_btd, rotary)
+        window = config.window if layer in config.windowed_layers else None
+        attn_btd = _attend(block, config, normed_btd, rotary, window)
         x_btd = x_btd + visit("attn_out", layer, attn_btd)
         x_btd = visit("resid_mid", layer, x_btd)
         normed_btd = _normalize(x_btd, block["mlp_norm_d"], config.rms_norm_eps)
-        gate_btm = jax.nn.silu(_multiply(normed_btd, block["w_gate_dm"]))
-        up_btm = _multiply(normed_btd, block["w_up_dm"])
+        gate_btm = activate(_project(normed_btd, block, "gate", "dm"))
+        up_btm = _project(normed_btd, block, "up", "dm")
         act_btm = visit("mlp_act", layer, gate_btm * up_btm)
-        mlp_btd = _multiply(act_btm, block["w_down_md"])
+        mlp_btd = _project(act_btm, block, "down", "md")
         x_btd = x_btd + visit("mlp_out", layer, mlp_btd)
         x_btd = visit("resid_post", layer, x_btd)
-    return x_btd, captured
+    return x_btd, visitor.captured
 
 
 def compute_logits(
@@ -95,7 +137,7 @@ def compute_logits(
     """Float32 logits [B, T, V] of the residual stream after the last block."""
     normed_btd = _normalize(x_btd, weights["final_norm_d"], config.rms_norm_eps)
     head_vd = weights["embed_vd"] if config.tied_head else weights["head_vd"]
-    return _multiply(normed_btd, head_vd.T, jnp.float32)
+    return multiply(normed_btd, head_vd.T, jnp.float32)
 
 
 def get_width(config: LlamaConfig, kind: str) -> int:
@@ -118,6 +160,12 @@ def list_shapes(config: LlamaConfig) -> Weights:
         "w_up_dm": (d, m),
         "w_down_md": (m, d),
     }
+    if config.qkv_bias:
+        block |= {"b_q_h": (d_query,), "b_k_g": (d_key,), "b_v_g": (d_key,)}
+    if config.attn_out_bias:
+        block |= {"b_o_d": (d,)}
+    if config.mlp_bias:
+        block |= {"b_gate_m": (m,), "b_up_m": (m,), "b_down_d": (d,)}
     head = {} if config.tied_head else {"head_vd": (config.vocab_size, d)}
     return {
         "embed_vd": (config.vocab_size, d),
@@ -125,6 +173,70 @@ def list_shapes(config: LlamaConfig) -> Weights:
         "final_norm_d": (d,),
         **head,
     }
+
+
+def count_units(config: LlamaConfig) -> dict[str, int]:
+    """How many parts each axis comes apart into that are computed on their own."""
+    return {
+        "v": config.vocab_size,
+        "h": config.n_heads,
+        "g": config.n_kv_heads,
+        "m": config.d_mlp,
+    }
+
+
+def find_stored(name: str, layer: int | None) -> Stored:
+    """Where a Hugging Face file has the weight of this name."""
+    is_transposed = name.startswith("w_")
+    if layer is None:
+        return Stored(_OUTER_NAMES[name], is_transposed)
+    return Stored(f"model.layers.{layer}.{_BLOCK_NAMES[name]}", is_transposed)
+
+
+def read_config(architecture: str, fields: Fields) -> LlamaConfig:
+    """The config in a config.json; ValueError for what this forward pass is not."""
+    kv_heads, context, _ = _DEFAULTS[architecture]
+    d_model = fields.read_int("hidden_size")
+    n_heads = fields.read_int("num_attention_heads")
+    if "num_key_value_heads" in fields.values or kv_heads is None:
+        kv_heads = n_heads
+    n_kv_heads = fields.read_int("num_key_value_heads", kv_heads)
+    d_head = fields.read_int("head_dim", d_model // n_heads)
+    if n_heads % n_kv_heads or d_head % 2:
+        raise ValueError(
+            f"{fields.path}: num_attention_heads = {n_heads} must be a multiple of "
+            f"num_key_value_heads = {n_kv_heads}, and head_dim = {d_head} even"
+        )
+    context_length = fields.read_int("max_position_embeddings", context)
+    rope_theta, rope_scaling = read_rotary(fields, context_length)
+    is_llama = architecture == "LlamaForCausalLM"
+    attn_bias = is_llama and fields.read_bool("attention_bias", False)
+    window, windowed_layers = _read_window(architecture, fields)
+    return LlamaConfig(
+        vocab_size=fields.read_int("vocab_size"),
+        d_model=d_model,
+        d_mlp=fields.read_int("intermediate_size"),
+        n_layers=fields.read_int("num_hidden_layers"),
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        d_head=d_head,
+        context_length=context_length,
+        rms_norm_eps=fields.read_float("rms_norm_eps", 1e-6),
+        rope_theta=rope_theta,
+        tied_head=fields.read_bool("tie_word_embeddings", False),
+        rope_scaling=rope_scaling,
+        activation=fields.read_choice("hidden_act", ACTIVATIONS, "silu"),
+        qkv_bias=attn_bias or architecture == "Qwen2ForCausalLM",
+        attn_out_bias=attn_bias,
+        mlp_bias=is_llama and fields.read_bool("mlp_bias", False),
+        window=window,
+        windowed_layers=windowed_layers,
+    )
+
+
+def get_default_bos_id(architecture: str) -> int | None:
+    """The BOS token of a config.json that has no such field."""
+    return _DEFAULTS[architecture][2]
 
 
 def _normalize(x_btd: jax.Array, scale_d: jax.Array, eps: float) -> jax.Array:
@@ -138,53 +250,53 @@ def _attend(
     block: Weights,
     config: LlamaConfig,
     x_btd: jax.Array,
-    rotary: tuple[jax.Array, jax.Array],
+    rotary: Rotary,
+    window: int | None,
 ) -> jax.Array:
-    b, t, _ = x_btd.shape
-    g, e = config.n_kv_heads, config.d_head
-
-    def project(w_dh: jax.Array) -> jax.Array:
-        return _multiply(x_btd, w_dh).reshape(b, t, -1, e).transpose(0, 2, 1, 3)
-
-    query_bhte = _rotate(project(block["w_q_dh"]) * e**-0.5, rotary)
-    key_bgse = _rotate(project(block["w_k_dg"]), rotary)
-    value_bgse = project(block["w_v_dg"])
-    # The query heads of one key-value head are one longer run of queries.
-    scores_bgqs = jnp.einsum(
-        "bgqe,bgse->bgqs",
-        query_bhte.reshape(b, g, -1, e),
-        key_bgse,
-        preferred_element_type=jnp.float32,
-    )
-    scores_bhts = scores_bgqs.reshape(b, -1, t, t)
-    is_past_ts = jnp.tril(jnp.ones((t, t), bool))
-    pattern_bhts = jax.nn.softmax(jnp.where(is_past_ts, scores_bhts, -jnp.inf), axis=-1)
-    pattern_bgqs = pattern_bhts.astype(x_btd.dtype).reshape(b, g, -1, t)
-    mixed_bgqe = jnp.einsum("bgqs,bgse->bgqe", pattern_bgqs, value_bgse)
-    mixed_bthe = mixed_bgqe.reshape(b, -1, t, e).transpose(0, 2, 1, 3)
-    return _multiply(mixed_bthe.reshape(b, t, -1), block["w_o_hd"])
+    e = config.d_head
+    query_bth = _project(x_btd, block, "q", "dh") * e**-0.5
+    query_bhte = rotate(split_heads(query_bth, e), rotary)
+    key_bgse = rotate(split_heads(_project(x_btd, block, "k", "dg"), e), rotary)
+    value_bgse = split_heads(_project(x_btd, block, "v", "dg"), e)
+    mixed_bth = attend(query_bhte, key_bgse, value_bgse, window)
+    return _project(mixed_bth, block, "o", "hd")
 
 
-def _multiply(
-    x_btd: jax.Array, w_dm: jax.Array, dtype: DTypeLike | None = None
-) -> jax.Array:
-    """x W over flat rows: XLA's gradient of a product of [B, T, D] copies transposed
-    activations, with which an MLP took 1.7 times as long on a CPU."""
-    b, t, d = x_btd.shape
-    rows = jnp.matmul(x_btd.reshape(b * t, d), w_dm, preferred_element_type=dtype)
-    return rows.reshape(b, t, -1)
+def _project(x: jax.Array, block: Weights, name: str, axes: str) -> jax.Array:
+    """The product with the matrix of this name, plus its bias where it has one."""
+    product = multiply(x, block[f"w_{name}_{axes}"])
+    bias = block.get(f"b_{name}_{axes[1]}")
+    return product if bias is None else product + bias
 
 
-def _compute_rotary(config: LlamaConfig, t: int) -> tuple[jax.Array, jax.Array]:
-    half = config.d_head // 2
-    frequency_e = config.rope_theta ** (-jnp.arange(half) / half)
-    angle_te = jnp.arange(t)[:, None] * frequency_e
-    return jnp.cos(angle_te), jnp.sin(angle_te)
-
-
-def _rotate(x_bhte: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn each position's pairs (i, i + E/2) by the angles of that position."""
-    cos_te, sin_te = rotary
-    left, right = jnp.split(x_bhte.astype(jnp.float32), 2, axis=-1)
-    turned = (left * cos_te - right * sin_te, right * cos_te + left * sin_te)
-    return jnp.concatenate(turned, axis=-1).astype(x_bhte.dtype)
+def _read_window(
+    architecture: str, fields: Fields
+) -> tuple[int | None, tuple[int, ...]]:
+    """The window, and the layers that have it."""
+    n_layers = fields.read_int("num_hidden_layers")
+    if architecture == "LlamaForCausalLM":
+        return None, ()
+    has_field = "sliding_window" in fields.values
+    if has_field and fields.values["sliding_window"] is None:
+        return None, ()
+    window = fields.read_int("sliding_window", 4096)
+    if architecture == "MistralForCausalLM":
+        return window, tuple(range(n_layers))
+    if not fields.read_bool("use_sliding_window", False):
+        return None, ()
+    kinds = fields.values.get("layer_types")
+    if kinds is None:
+        first = fields.read_int("max_window_layers", 28, above=-1)
+        return window, tuple(range(first, n_layers))
+    if not isinstance(kinds, list) or len(kinds) != n_layers:
+        raise ValueError(
+            f"{fields.path}: layer_types is {kinds!r}, not a list of {n_layers}"
+        )
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ValueError(
+                f"{fields.path}: layer_types holds {kind!r}, only 'full_attention' and "
+                "'sliding_attention' are supported"
+            )
+    sliding = (i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+    return window, tuple(sliding)

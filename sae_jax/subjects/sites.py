@@ -8,7 +8,12 @@ and `mlp_act` is what the MLP's output matrix reads.
 """
 
 import re
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
+
+import jax
+
+Replacement = Callable[[jax.Array, jax.Array], jax.Array]
 
 _HOOK_OF_KIND = {
     "resid_pre": "hook_resid_pre",
@@ -33,6 +38,31 @@ class Site:
 
     def __str__(self) -> str:
         return f"{self.kind}.{self.layer}"
+
+
+class Visitor:
+    """Reads and replaces activations on their way through a forward pass.
+
+    A site that is replaced and captured is captured after its replacement.
+    """
+
+    def __init__(
+        self,
+        tokens_bt: jax.Array,
+        capture: Set[Site],
+        replace: Mapping[Site, Replacement],
+    ) -> None:
+        self.captured: dict[Site, jax.Array] = {}
+        self._tokens_bt, self._capture, self._replace = tokens_bt, capture, replace
+
+    def visit(self, kind: str, layer: int, acts: jax.Array) -> jax.Array:
+        """The activations that the forward pass goes on with."""
+        site = Site(kind, layer)
+        if site in self._replace:
+            acts = self._replace[site](acts, self._tokens_bt).astype(acts.dtype)
+        if site in self._capture:
+            self.captured[site] = acts
+        return acts
 
 
 def parse_site(text: str) -> Site:

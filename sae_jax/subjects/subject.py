@@ -1,0 +1,218 @@
+"""A subject: the weights, config and tokenizer of one language model."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+from tokenizers import Tokenizer
+
+from sae_jax.mesh import DATA
+from sae_jax.subjects.architectures import Architecture, ModelConfig, get_architecture
+from sae_jax.subjects.display import display_token
+from sae_jax.subjects.sites import KINDS, Replacement, Site, parse_site
+from sae_jax.subjects.weights import Weights
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A language model: a pytree whose leaves are its weights.
+
+    `identity` is the first 16 hex digits of a SHA-256 of the weight files and of what
+    config.json says; the dtype of the matmuls is not in it.
+    Two subjects of one name, identity and shape share a compiled function.
+    A document begins with the token `bos_id`, if it is not None; `special_ids` are
+    the tokens that stand for no text; `pad_id` may stand behind the end of a text.
+    """
+
+    weights: Weights
+    config: ModelConfig
+    tokenizer: Tokenizer
+    name: str
+    identity: str
+    bos_id: int | None
+    special_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+
+    @property
+    def dtype(self) -> str:
+        """The name of the dtype of weights and matmuls."""
+        return self.weights["embed_vd"].dtype.name
+
+    @property
+    def d_model(self) -> int:
+        return self.config.d_model
+
+    @property
+    def n_layers(self) -> int:
+        return self.config.n_layers
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        return self.config.context_length
+
+    def width(self, site: str) -> int:
+        """The width of the activations at the site; ValueError if there is none."""
+        return self._architecture.get_width(self.config, self._find_site(site).kind)
+
+    def encode(self, text: str) -> np.ndarray:
+        """The int32 token ids of the text, without the BOS token."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        return np.asarray(encoding.ids, np.int32)
+
+    def decode_tokens(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """The text of each token; bytes that are no whole character as `\\xe2`."""
+        return [display_token(self.tokenizer, int(token)) for token in ids]
+
+    def forward(
+        self,
+        tokens_bt: ArrayLike,
+        capture: Sequence[str] = (),
+        replace: Mapping[str, Replacement] | None = None,
+        logits: bool = True,
+    ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
+        """Float32 logits [B, T, V] and the activations [B, T, D] of captured sites.
+
+        `replace` maps a site to a function of (acts_btd, tokens_bt) whose result
+        takes the place of the activations: a `jax.tree_util.Partial`, so that its
+        weights are arguments of a compiled function and not constants. A site that
+        is replaced and captured is captured after its replacement. Without
+        `logits` nothing past the deepest captured layer is run, and the first
+        result is None. Inputs hold a BOS token where one is wanted; rows longer
+        than the context raise ValueError.
+        """
+        tokens_bt = jnp.asarray(tokens_bt)
+        if tokens_bt.shape[1] > self.context_length:
+            raise ValueError(
+                f"subject {self.name!r} has a context of {self.context_length} tokens, "
+                f"the rows have {tokens_bt.shape[1]}: give shorter rows"
+            )
+        captured_sites = {name: self._find_site(name) for name in capture}
+        replaced = {self._find_site(name): fn for name, fn in (replace or {}).items()}
+        deepest = max((site.layer for site in captured_sites.values()), default=-1)
+        x_btd, acts = self._architecture.forward(
+            self.weights,
+            self.config,
+            tokens_bt,
+            set(captured_sites.values()),
+            replaced,
+            stop_after=None if logits else deepest,
+        )
+        logits_btv = None
+        if logits:
+            logits_btv = self._architecture.compute_logits(
+                self.weights, self.config, x_btd
+            )
+        return logits_btv, {name: acts[site] for name, site in captured_sites.items()}
+
+    def capture(
+        self, tokens_bt: np.ndarray, sites: Sequence[str]
+    ) -> dict[str, jax.Array]:
+        """The bfloat16 activations [B, T, D] of the sites, from a compiled run.
+
+        It runs nothing past the deepest site, and returns before it is done. Where
+        the weights are on a mesh, the rows are spread over its data axis if that
+        divides them; else each device computes all.
+        """
+        sharding = self.weights["embed_vd"].sharding
+        mesh, rows = None, PartitionSpec()
+        if isinstance(sharding, NamedSharding):
+            mesh = sharding.mesh
+            rows = PartitionSpec(None if len(tokens_bt) % mesh.shape[DATA] else DATA)
+            tokens_bt = jax.device_put(tokens_bt, NamedSharding(mesh, rows))
+        return _capture(self, tokens_bt, tuple(sites), mesh, rows)
+
+    @property
+    def _architecture(self) -> Architecture:
+        return get_architecture(self.config)
+
+    def _find_site(self, name: str) -> Site:
+        site = parse_site(name)
+        if site.layer >= self.n_layers:
+            raise ValueError(
+                f"no site {name!r} in subject {self.name!r}: its layers are "
+                f"0..{self.n_layers - 1}, its kinds {', '.join(KINDS)}"
+            )
+        return site
+
+
+@dataclass(frozen=True)
+class _Static:
+    """What of a subject is no array. Equality decides what is compiled anew, so
+    the tokenizer, which no forward pass reads, takes no part in it."""
+
+    config: ModelConfig
+    name: str
+    identity: str
+    bos_id: int | None
+    special_ids: tuple[int, ...]
+    pad_id: int
+    tokenizer: Tokenizer
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple:
+        return (
+            self.config,
+            self.name,
+            self.identity,
+            self.bos_id,
+            self.special_ids,
+            self.pad_id,
+        )
+
+
+def _flatten(subject: Subject) -> tuple[tuple[Weights], _Static]:
+    static = _Static(
+        subject.config,
+        subject.name,
+        subject.identity,
+        subject.bos_id,
+        subject.special_ids,
+        subject.pad_id,
+        subject.tokenizer,
+    )
+    return (subject.weights,), static
+
+
+def _unflatten(static: _Static, children: tuple[Weights]) -> Subject:
+    return Subject(
+        children[0],
+        static.config,
+        static.tokenizer,
+        static.name,
+        static.identity,
+        static.bos_id,
+        static.special_ids,
+        static.pad_id,
+    )
+
+
+jax.tree_util.register_pytree_node(Subject, _flatten, _unflatten)
+
+
+@functools.partial(jax.jit, static_argnames=("sites", "mesh", "rows"))
+def _capture(
+    subject: Subject,
+    tokens_bt: jax.Array,
+    sites: tuple[str, ...],
+    mesh: Mesh | None,
+    rows: PartitionSpec,
+) -> dict[str, jax.Array]:
+    _, acts = subject.forward(tokens_bt, capture=sites, logits=False)
+    acts = {site: acts[site].astype(jnp.bfloat16) for site in sites}
+    if mesh is None:
+        return acts
+    return jax.lax.with_sharding_constraint(acts, NamedSharding(mesh, rows))
