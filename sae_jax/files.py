@@ -75,9 +75,11 @@ class FolderLock:
         self.close()
 
 
-def lock_folder(path: str | Path) -> FolderLock:
-    """Keeps the folder, which is there; ValueError if somebody else has it."""
-    descriptor = os.open(Path(path) / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+def lock_folder(path: str | Path, part: int = 0) -> FolderLock:
+    """Keeps the folder, which is there, or a part of it; ValueError if somebody else
+    has it."""
+    name = f"{LOCK_FILE}-{part}" if part else LOCK_FILE
+    descriptor = os.open(Path(path) / name, os.O_RDWR | os.O_CREAT, 0o644)
     lock = FolderLock(descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,231 +1,289 @@
 """From text to an activation store: pack the text, run the subject over it, write.
 
-Every position of every context that `sae_jax.packing` makes of the text is a row.
+    harvest(load_subject(), standard_library(), "store/", ["resid_post.3"])
+
+Every position of the contexts that `sae_jax.packing` makes of the text is a row, less
+padding and, with `exclude_special`, special tokens. All sites are read in one pass.
 
 A harvest that was stopped, at any moment and in any way, goes on when it is run again
-with the same settings, and leaves the same bytes as one that was not.
+with the same settings. Several processes, each told which of how many it is, share one
+store: the first packs the text, and then each writes shards of its own. However it was
+done, the bytes are the same.
 """
 
-import functools
 import hashlib
-import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import ml_dtypes
-import numpy as np
 
-from sae_jax.files import refuse_remote
-from sae_jax.packing import Packed, identify, pack
+from sae_jax.packing import Layout, pack
 from sae_jax.progress import Progress
+from sae_jax.readout import read_shards
 from sae_jax.store import (
-    SPLITS,
+    Folder,
     Manifest,
-    Shard,
     Store,
     StoreWriter,
-    check_same_settings,
+    Text,
+    choose_manifest,
+    find_manifest,
     open_store,
-    read_begun,
 )
-from sae_jax.subjects import Subject
-from sae_jax.text import Document
+from sae_jax.subjects import AnySubject
+from sae_jax.text import Corpus
 
 # A shard of 16384 rows is one file: 8 MB of D = 256, 134 MB of D = 4096.
 ROWS_PER_SHARD = 16384
-ROWS_PER_CHUNK = 1024
+# The fewer, the more contexts a batch of the loader mixes; 64 still read at 2 GB/s.
+ROWS_PER_CHUNK = 64
 HELDOUT_EVERY = 5
-BATCH_SEQUENCES = 16
+BATCH_CONTEXTS = 16
+_POLL_SECS = 1.0
+_GB = 10**9
 
 
 def harvest(
-    subject: Subject,
-    documents: Sequence[Document],
+    subject: AnySubject,
+    corpus: Corpus,
     out: str | Path,
     sites: Sequence[str],
     *,
     context_length: int | None = None,
     max_rows: int | None = None,
+    max_gb: float | None = None,
+    dtype: str = "bfloat16",
+    packing: str = "joined",
+    bos: str | None = None,
+    exclude_special: bool = False,
     heldout_every: int = HELDOUT_EVERY,
     rows_per_shard: int = ROWS_PER_SHARD,
     rows_per_chunk: int = ROWS_PER_CHUNK,
-    batch_sequences: int = BATCH_SEQUENCES,
+    batch_contexts: int = BATCH_CONTEXTS,
     seed: int = 0,
+    process: int = 0,
+    n_processes: int = 1,
+    wait_secs: float = 600,
     progress: bool = True,
-) -> Store:
-    """The store at `out` of the subject's activations at `sites` over `documents`.
+) -> Store | None:
+    """The store at `out` of the subject's activations at `sites` over the text.
 
     Begins the store, goes on with one that was begun with the same settings, or opens
-    one that is complete. `context_length` is the subject's if None; all rows are kept
-    if `max_rows` is None; one document in `heldout_every` is held out. With `progress`
-    a line on stderr tells how far it is. Raises ValueError for settings, text or a
-    folder that cannot be used, and OSError if the disk is full.
+    one that is complete.
+
+    Args:
+        subject: where the activations are read.
+        corpus: the text, from `sae_jax.text`.
+        out: a folder, or a gs:// or s3:// address.
+        sites: as `resid_post.3`.
+        context_length: tokens in a context; None: the subject's.
+        max_rows: of both splits together; None: all the text gives.
+        max_gb: the store's size, at most, in 10^9 bytes; None: any.
+        dtype: `bfloat16`, or `int8` with a scale for each row.
+        packing: `joined` or `padded`, see `sae_jax.packing`.
+        bos: what the beginning-of-sequence token leads: each `document`, each
+            `context`, or `none`; None: documents, if the subject has such a token.
+        exclude_special: leave out rows of special tokens.
+        heldout_every: one document in so many is held out.
+        rows_per_shard: rows in a file.
+        rows_per_chunk: rows in one read.
+        batch_contexts: contexts that the subject reads at a time.
+        seed: of the order of documents.
+        process: which of `n_processes` this is, from 0.
+        n_processes: that share the work.
+        wait_secs: how long to wait, at most, for the first process to pack text.
+        progress: tell on stderr how far it is.
+
+    Returns:
+        The store; None if other processes have not written their shards yet.
+
+    Raises:
+        ValueError: settings, text or a folder that cannot be used.
+        OSError: the disk is full, or the service at `out` does not answer.
+        TimeoutError: the first process does not pack the text.
     """
-    refuse_remote(out)
-    if context_length is None:
-        context_length = subject.context_length
-    settings: dict[str, Any] = {
-        "subject": {
+    folder = Folder(out)
+    if bos is None:
+        bos = "none" if subject.bos_id is None else "document"
+    if not sites:
+        raise ValueError("no sites: give at least one, as resid_post.3")
+    manifest = plan_store(
+        subject,
+        sites,
+        corpus=corpus.identity,
+        context_length=(
+            subject.context_length if context_length is None else context_length
+        ),
+        max_rows=max_rows,
+        dtype=dtype,
+        packing=packing,
+        bos=bos,
+        excluded_ids=sorted(subject.special_ids) if exclude_special else [],
+        heldout_every=heldout_every,
+        rows_per_shard=rows_per_shard,
+        rows_per_chunk=rows_per_chunk,
+        seed=seed,
+    )
+    _check_share(batch_contexts, process, n_processes)
+    if max_gb is not None:
+        _limit(manifest, max_gb)
+    is_packed = choose_manifest(folder, manifest).is_packed
+    if process and not is_packed:
+        _wait_for_text(folder, wait_secs, progress)
+    if choose_manifest(folder, manifest).complete:
+        _tell(f"{str(folder)!r} is complete", progress)
+        return open_store(out)
+    with StoreWriter(folder, manifest, process, n_processes) as writer:
+        if not writer.manifest.is_packed:
+            write_text(subject, corpus, writer, progress)
+        _write_rows(subject, writer, batch_contexts, (process, n_processes), progress)
+        is_complete = writer.finish()
+    return open_store(out) if is_complete else None
+
+
+def plan_store(
+    subject: AnySubject, sites: Sequence[str], **settings: Any
+) -> Manifest:
+    """The manifest of a store whose text is still to be packed; `settings` are its
+    other fields. ValueError for what cannot be."""
+    t, chunk = settings["context_length"], settings["rows_per_chunk"]
+    shard, max_rows = settings["rows_per_shard"], settings["max_rows"]
+    least = {"context_length": 1, "heldout_every": 2, "rows_per_chunk": 1, "seed": 0}
+    for name, lowest in least.items():
+        _check_at_least(name, settings[name], lowest)
+    if t > subject.context_length:
+        raise ValueError(
+            f"context_length = {t} is more than the subject's {subject.context_length}"
+        )
+    if shard < 1 or shard % chunk:
+        raise ValueError(
+            f"rows_per_shard = {shard} is not a multiple of rows_per_chunk = {chunk}: "
+            f"make it {chunk * max(1, round(shard / chunk))}"
+        )
+    if max_rows is not None and max_rows < 2 * t:
+        raise ValueError(
+            f"max_rows = {max_rows} is less than two contexts of {t}, one for each "
+            f"split: make it at least {2 * t}"
+        )
+    return Manifest(
+        subject={
             "name": subject.name,
             "identity": subject.identity,
             "dtype": subject.dtype,
         },
-        "tokenizer": hashlib.sha256(subject.tokenizer.to_str().encode()).hexdigest(),
-        "corpus": identify(documents),
-        "sites": {site: subject.width(site) for site in sites},
-        "context_length": context_length,
-        "heldout_every": heldout_every,
-        "max_rows": max_rows,
-        "seed": seed,
-        "rows_per_shard": rows_per_shard,
-        "rows_per_chunk": rows_per_chunk,
-    }
-    _check_settings(settings, subject.context_length, batch_sequences)
-    begun = read_begun(out)
-    if begun is not None:
-        check_same_settings(out, begun, settings)
-        if begun.complete:
-            if progress:
-                print(f"harvest: {str(out)!r} is complete", file=sys.stderr)
-            return open_store(out)
-    packed = pack(
-        subject.tokenizer,
-        subject.bos_id,
-        documents,
-        context_length,
-        heldout_every,
-        max_rows,
-        seed,
-    )
-    with StoreWriter(out, _plan(settings, packed), packed.names) as writer:
-        total = sum(writer.manifest.rows.values())
-        if progress:
-            print(
-                f"harvest: {len(packed.names):,} documents, {total:,} rows of "
-                f"{', '.join(sites)} to {str(out)!r}",
-                file=sys.stderr,
-            )
-        with Progress(total, "rows", "harvest", is_shown=progress) as line:
-            _write_shards(subject, packed, writer, batch_sequences, line)
-        writer.finish()
-    return open_store(out)
-
-
-def _check_settings(
-    settings: Mapping[str, Any], longest_context: int, batch_sequences: int
-) -> None:
-    t, max_rows = settings["context_length"], settings["max_rows"]
-    shard, chunk = settings["rows_per_shard"], settings["rows_per_chunk"]
-    least = {"context_length": 1, "heldout_every": 2, "rows_per_chunk": 1, "seed": 0}
-    for name, value in least.items():
-        if settings[name] < value:
-            raise ValueError(f"{name} = {settings[name]}: must be at least {value}")
-    if batch_sequences < 1:
-        raise ValueError(f"batch_sequences = {batch_sequences}: must be at least 1")
-    if not settings["sites"]:
-        raise ValueError("no sites: give at least one, as resid_post.3")
-    if t > longest_context:
-        raise ValueError(
-            f"context_length = {t} is more than the subject's {longest_context}"
-        )
-    if shard < 1 or shard % t or shard % chunk:
-        nearest = math.lcm(t, chunk) * max(1, round(shard / math.lcm(t, chunk)))
-        raise ValueError(
-            f"rows_per_shard = {shard} is not a multiple of context_length = {t} and "
-            f"of rows_per_chunk = {chunk}: make it {nearest}"
-        )
-    if max_rows is not None and max_rows < 2 * t:
-        raise ValueError(
-            f"max_rows = {max_rows} is less than a train and a heldout context of "
-            f"context_length = {t}: make it at least {2 * t}"
-        )
-
-
-def _plan(settings: Mapping[str, Any], packed: Packed) -> Manifest:
-    """The manifest of a store that holds the contexts: train shards, then heldout."""
-    per_shard = settings["rows_per_shard"]
-    rows = {split: packed.tokens[split].size for split in SPLITS}
-    return Manifest(
+        tokenizer=hashlib.sha256(subject.tokenizer.to_str().encode()).hexdigest(),
+        sites={site: subject.width(site) for site in sites},
+        bos_id=subject.bos_id,
+        contexts_per_shard=max(1, shard // t),
         **settings,
-        n_documents=len(packed.names),
-        rows=rows,
-        dropped_tokens=packed.dropped_tokens,
-        shards=[
-            {"split": split, "rows": min(per_shard, rows[split] - start)}
-            for split in SPLITS
-            for start in range(0, rows[split], per_shard)
-        ],
     )
 
 
-def _write_shards(
-    subject: Subject,
-    packed: Packed,
+def _check_share(batch_contexts: int, process: int, n_processes: int) -> None:
+    _check_at_least("batch_contexts", batch_contexts, 1)
+    _check_at_least("n_processes", n_processes, 1)
+    if not 0 <= process < n_processes:
+        raise ValueError(
+            f"process = {process} of n_processes = {n_processes}: the first is 0, the "
+            f"last {n_processes - 1}"
+        )
+
+
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} = {value}: must be at least {least}")
+
+
+def _limit(manifest: Manifest, max_gb: float) -> None:
+    """Lowers `max_rows` so that the store takes no more than `max_gb`."""
+    overhead = 16 + 4 * (manifest.dtype == "int8") * len(manifest.sites)
+    size = {"bfloat16": 2, "int8": 1}[manifest.dtype]
+    # A row, its position, and a token with its document.
+    row_bytes = size * sum(manifest.sites.values()) + overhead
+    rows = int(max_gb * _GB / row_bytes)
+    if rows < 2 * manifest.context_length:
+        raise ValueError(
+            f"max_gb = {max_gb:g} holds {rows} rows of {row_bytes} bytes, and two "
+            f"contexts of {manifest.context_length} are the least: raise it"
+        )
+    asked = rows if manifest.max_rows is None else manifest.max_rows
+    manifest.max_rows = min(rows, asked)
+
+
+def _wait_for_text(folder: Folder, wait_secs: float, progress: bool) -> None:
+    """Until the first process has packed the text. Each shard of text that it writes
+    gives it `wait_secs` more."""
+    _tell("waiting for process 0 to pack the text", progress)
+    last_change, n_files = time.monotonic(), -1
+    while time.monotonic() < last_change + wait_secs:
+        begun = find_manifest(folder)
+        if begun is not None and begun.is_packed:
+            return
+        n_now = len(folder.list("tokens/c/"))
+        if n_now != n_files:
+            last_change, n_files = time.monotonic(), n_now
+        time.sleep(_POLL_SECS)
+    raise TimeoutError(
+        f"process 0 wrote no text to {folder} for {wait_secs:g} s: see whether it "
+        "runs, and run this one again"
+    )
+
+
+def write_text(
+    subject: AnySubject, corpus: Corpus, writer: StoreWriter, progress: bool
+) -> None:
+    """Packs the text for the subject, and writes it."""
+    manifest = writer.manifest
+    layout = Layout(
+        context_length=manifest.context_length,
+        vocab_size=subject.vocab_size,
+        bos_id=subject.bos_id,
+        pad_id=subject.pad_id,
+        packing=manifest.packing,
+        bos=manifest.bos,
+        excluded_ids=tuple(manifest.excluded_ids),
+    )
+    packer = pack(
+        corpus.iterate(manifest.seed),
+        subject.tokenizer,
+        layout,
+        heldout_every=manifest.heldout_every,
+        max_rows=manifest.max_rows,
+        rows_per_chunk=manifest.rows_per_chunk,
+        sequences_per_block=manifest.contexts_per_shard,
+    )
+    with Progress(manifest.max_rows, "rows", "pack", is_shown=progress) as line:
+        writer.write_text(packer, line.update)
+
+
+def _write_rows(
+    subject: AnySubject,
     writer: StoreWriter,
-    batch_sequences: int,
-    line: Progress,
+    batch_contexts: int,
+    part: tuple[int, int],
+    progress: bool,
 ) -> None:
     """Runs the subject over the contexts of every shard that is not written yet."""
-    manifest = writer.manifest
-    t = manifest.context_length
-    done = sum(shard["rows"] for shard in manifest.shards[: manifest.shards_written])
-    subject = jax.device_put(subject)
-    for tokens, documents in _list_shards(manifest, packed)[manifest.shards_written :]:
-        acts = {
-            site: np.empty((tokens.size, width), ml_dtypes.bfloat16)
-            for site, width in manifest.sites.items()
-        }
-        for first, n, captured in _run(
-            subject, tokens, tuple(manifest.sites), batch_sequences
+    manifest, missing = writer.manifest, writer.missing_shards()
+    of_us = manifest.row_shards[part[0] :: part[1]]
+    total = sum(shard.rows for shard in of_us)
+    done = total - sum(manifest.row_shards[index].rows for index in missing)
+    shared = f", part {part[0]} of {part[1]}" if part[1] > 1 else ""
+    _tell(
+        f"{manifest.n_documents:,} documents, {total:,} rows of "
+        f"{', '.join(manifest.sites)} to {str(writer.folder)!r}{shared}",
+        progress,
+    )
+    text = Text(writer.folder, manifest)
+    with Progress(total, "rows", "harvest", is_shown=progress) as line:
+        for shard in read_shards(
+            subject, text, manifest, missing, batch_contexts, done, line.update
         ):
-            for site, acts_btd in captured.items():
-                rows = np.asarray(acts_btd)[:n].reshape(n * t, -1)
-                acts[site][first * t : (first + n) * t] = rows
-            done += n * t
-            line.update(done)
-        writer.write_shard(Shard(acts, tokens, documents))
+            writer.write_shard(*shard)
 
 
-def _list_shards(
-    manifest: Manifest, packed: Packed
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The token and document ids of every shard."""
-    step = manifest.rows_per_shard // manifest.context_length
-    return [
-        (tokens[first : first + step], packed.documents[split][first : first + step])
-        for split, tokens in packed.tokens.items()
-        for first in range(0, len(tokens), step)
-    ]
-
-
-def _run(
-    subject: Subject, tokens: np.ndarray, sites: tuple[str, ...], batch_sequences: int
-) -> Iterator[tuple[int, int, dict[str, jax.Array]]]:
-    """(first sequence, how many, activations) of each batch of the sequences.
-
-    All batches have one shape, the last is padded. While the caller has one batch the
-    device computes the next.
-    """
-    before = None
-    for first in range(0, len(tokens), batch_sequences):
-        part = tokens[first : first + batch_sequences]
-        padding = ((0, batch_sequences - len(part)), (0, 0))
-        jax.block_until_ready(before)
-        captured = _capture(subject, np.pad(part, padding), sites)
-        if before is not None:
-            yield before
-        before = (first, len(part), captured)
-    if before is not None:
-        yield before
-
-
-@functools.partial(jax.jit, static_argnames="sites")
-def _capture(
-    subject: Subject, tokens_bt: jax.Array, sites: tuple[str, ...]
-) -> dict[str, jax.Array]:
-    _, acts = subject.forward(tokens_bt, capture=sites, logits=False)
-    return {site: acts[site].astype(jnp.bfloat16) for site in sites}
+def _tell(what: str, progress: bool) -> None:
+    if progress:
+        print(f"harvest: {what}", file=sys.stderr)

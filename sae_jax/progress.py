@@ -19,7 +19,7 @@ class Progress:
 
     def __init__(
         self,
-        total: int,
+        total: int | None,
         unit: str,
         name: str,
         stream: TextIO | None = None,
@@ -62,13 +62,15 @@ class Progress:
             self._line = ""
 
     def _format(self, now: float, done: int, scalars: dict[str, float]) -> str:
-        parts = [f"{self._name}: {done:,} of {self._total:,} {self._unit}"]
+        of_total = "" if self._total is None else f" of {self._total:,}"
+        parts = [f"{self._name}: {done:,}{of_total} {self._unit}"]
         assert self._first is not None
         seconds, since_first = now - self._first[0], done - self._first[1]
         if seconds > 0 and since_first > 0:
             rate = since_first / seconds
             parts.append(f"{rate:,.0f} {self._unit}/s")
-            parts.append(f"{_format_time((self._total - done) / rate)} left")
+            if self._total is not None:
+                parts.append(f"{_format_time((self._total - done) / rate)} left")
         parts += [f"{name} {value:.4g}" for name, value in scalars.items()]
         return ", ".join(parts)
 

@@ -2,153 +2,159 @@
 
 import errno
 import json
-import os
 import shutil
 from collections import namedtuple
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+import stores
 
 from sae_jax.files import lock_folder
-from sae_jax.store import Manifest, Shard, StoreWriter, open_store, read_begun
-from sae_jax.store import writer as store_writer
+from sae_jax.store import (
+    Contexts,
+    Folder,
+    Stored,
+    StoreWriter,
+    Text,
+    find_manifest,
+    open_store,
+)
+from sae_jax.store import folder as folders
 
 T, PER_SHARD, PER_CHUNK = 8, 64, 16
+NAMES = ["a", "b", "c"]
 
 
-def make_manifest(rows, sites, per_shard=PER_SHARD, per_chunk=PER_CHUNK, t=T):
-    """A plan for `rows` of each split, which need not fill their last shard."""
-    return Manifest(
-        subject={"name": "fake", "identity": "0"},
-        tokenizer="0",
-        corpus="0",
-        sites=sites,
-        context_length=t,
-        heldout_every=5,
-        max_rows=None,
-        seed=0,
-        rows_per_shard=per_shard,
-        rows_per_chunk=per_chunk,
-        n_documents=3,
-        rows=rows,
-        dropped_tokens={"train": 0, "heldout": 0},
-        shards=[
-            {"split": split, "rows": min(per_shard, n - start)}
-            for split, n in rows.items()
-            for start in range(0, n, per_shard)
-        ],
-    )
+def make_manifest(sites, **fields):
+    return stores.make_manifest(sites, T, PER_SHARD, PER_CHUNK, **fields)
 
 
-def make_shard(manifest, index, rng=None):
-    """A shard whose rows tell their index: columns 0 to 2 are its base-256 digits."""
-    n = manifest.shards[index]["rows"]
-    t = manifest.context_length
-    row = index * manifest.rows_per_shard + np.arange(n)
-    acts = {}
-    for site, width in manifest.sites.items():
-        rng = rng or np.random.default_rng(index)
-        acts[site] = rng.standard_normal((n, width)).astype(ml_dtypes.bfloat16)
+def make_blocks(rows, sites):
+    """Blocks of contexts of each split, whose rows tell their number in the split:
+    columns 0 to 2 are its base-256 digits. Held-out blocks come in between."""
+    blocks = []
+    for split, n_rows in rows.items():
+        row = np.arange(n_rows)
+        rng = np.random.default_rng(len(split))
         digits = np.stack([row % 256, row // 256 % 256, row // 65536], 1)
-        acts[site][:, :3] = digits.astype(ml_dtypes.bfloat16)
-    tokens = row.reshape(-1, t).astype(np.int32)
-    return Shard(acts, tokens, tokens % 3)
+        acts = {}
+        for site, width in sites.items():
+            acts[site] = rng.standard_normal((n_rows, width)).astype(ml_dtypes.bfloat16)
+            acts[site][:, :3] = digits.astype(ml_dtypes.bfloat16)
+        tokens = (row + 1000 * (split == "heldout")).reshape(-1, T).astype(np.int32)
+        for start in range(0, n_rows, PER_SHARD):
+            part = slice(start, start + PER_SHARD)
+            context = slice(start // T, (start + PER_SHARD) // T)
+            shard = {site: values[part] for site, values in acts.items()}
+            block = split, shard, tokens[context], tokens[context] % 3
+            blocks.append((start, block))
+    return [block for _, block in sorted(blocks, key=lambda pair: pair[0])]
 
 
 def row_ids(acts):
-    """The rows that `make_shard` numbered."""
+    """The rows that `make_blocks` numbered."""
     digits = np.asarray(acts)[..., :3].astype(np.int64)
     return digits @ np.array([1, 256, 65536])
 
 
-def write_store(path, rows, sites=None, **sizes):
-    manifest = make_manifest(rows, sites or {"resid_post.0": 4}, **sizes)
-    with StoreWriter(path, manifest, ["a", "b", "c"]) as writer:
-        for index in range(writer.manifest.shards_written, len(manifest.shards)):
-            writer.write_shard(make_shard(manifest, index))
-        writer.finish()
-    return open_store(path)
+def write_store(path, rows, sites=None, **fields):
+    sites = sites or {"resid_post.0": 4}
+    manifest = make_manifest(sites, **fields)
+    return open_store(stores.write(path, manifest, make_blocks(rows, sites), NAMES))
 
 
 def read_folder(path):
     return {
         str(file.relative_to(path)): file.read_bytes()
         for file in sorted(path.rglob("*"))
-        if file.is_file()
+        if file.is_file() and not file.name.startswith(".lock")
     }
 
 
 SITES = {"resid_post.0": 4, "mlp_act.1": 6}
-ROWS = {"train": 2 * PER_SHARD + 24, "heldout": PER_SHARD + 8}
+ROWS = {"train": 2 * PER_SHARD + 32, "heldout": PER_SHARD + 16}
 
 
 @pytest.fixture
-def store(tmp_path):
-    return write_store(tmp_path / "store", ROWS, SITES)
+def path(tmp_path):
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def store(path):
+    return write_store(path, ROWS, SITES)
 
 
 def test_round_trip(store):
     assert store.sites == list(SITES)
     assert store.rows("train") == ROWS["train"]
-    assert store.shards("train") == [(0, 64), (64, 64), (128, 24)]
-    assert store.shards("heldout") == [(192, 64), (256, 8)]
-    assert store.chunks("train")[-2:] == [(112, 16), (128, 16)]
-    shards = store.shards("train") + store.shards("heldout")
-    for index, (start, n) in enumerate(shards):
-        shard = make_shard(store.manifest, index)
+    assert store.shards("train") == [(0, 64), (64, 64), (128, 32)]
+    assert store.shards("heldout") == [(192, 64), (256, 16)]
+    assert store.chunks("train")[-2:] == [(128, 16), (144, 16)]
+    blocks = make_blocks(ROWS, SITES)
+    for split in ROWS:
+        ranges = store.shards(split)
         for site, width in SITES.items():
             assert store.width(site) == width
-            rows = store.read(site, start, start + n)
+            rows = store.read_ranges(site, ranges)
             assert rows.dtype == ml_dtypes.bfloat16
-            assert rows.tobytes() == shard.acts[site].tobytes()
-        sequences = np.arange(start // T, (start + n) // T)
-        np.testing.assert_array_equal(store.read_tokens(sequences), shard.tokens)
-        np.testing.assert_array_equal(store.read_documents(sequences), shard.documents)
-        positions = store._arrays["positions"][start : start + n].read().result()
-        row = start + np.arange(n)
-        np.testing.assert_array_equal(positions, np.stack([row // T, row % T], 1))
+            written = [acts[site] for part, acts, *_ in blocks if part == split]
+            assert rows.tobytes() == np.concatenate(written).tobytes()
+        sequences = store.sequences(split)
+        tokens = np.concatenate([block[2] for block in blocks if block[0] == split])
+        np.testing.assert_array_equal(store.read_tokens(sequences), tokens)
+        np.testing.assert_array_equal(store.read_documents(sequences), tokens % 3)
+        positions = store.read_positions(ranges).reshape(-1, T, 2)
+        assert (positions[..., 0] == sequences[:, None]).all()
+        assert (positions[..., 1] == np.arange(T)).all()
     assert store.document_name(2) == "c"
 
 
+def test_contexts_are_read_in_any_order(store):
+    for split in ROWS:
+        sequences = np.random.default_rng(0).permutation(store.sequences(split))[:5]
+        acts, is_row = store.read_contexts("mlp_act.1", sequences)
+        assert acts.shape == (5, T, 6) and is_row.all()
+        tokens = store.read_tokens(sequences)
+        np.testing.assert_array_equal(row_ids(acts), tokens % 1000)
+    with pytest.raises(ValueError, match="no context"):
+        store.read_tokens([len(store.sequences("train")) + 99])
+
+
 def test_a_read_may_cross_shards_but_not_leave_the_rows(store):
-    np.testing.assert_array_equal(
-        row_ids(store.read("resid_post.0", 60, 140)), np.arange(60, 140)
-    )
-    for start, stop in ((150, 153), (-1, 4), (264, 265), (320, 321)):
+    rows = store.read_ranges("resid_post.0", [(60, 80)])
+    np.testing.assert_array_equal(row_ids(rows), np.arange(60, 140))
+    for start, n in ((158, 3), (-1, 4), (272, 1), (320, 1)):
         with pytest.raises(ValueError, match="no rows"):
-            store.read("resid_post.0", start, stop)
+            store.read_ranges("resid_post.0", [(start, n)])
 
 
 def test_reads_into_a_buffer(store):
     buffer = np.zeros((32, 4), ml_dtypes.bfloat16)
     assert store.read_ranges("resid_post.0", [(64, 16), (0, 16)], buffer) is buffer
     np.testing.assert_array_equal(row_ids(buffer), [*range(64, 80), *range(16)])
-    with pytest.raises(ValueError, match="into"):
-        store.read("resid_post.0", 0, 16, buffer)
-
-
-def test_sequences_of_any_order(store):
-    sequences = store.sequences("heldout")
-    np.testing.assert_array_equal(sequences, np.arange(192 // T, 264 // T))
-    order = np.random.default_rng(0).permutation(sequences)[:5]
-    np.testing.assert_array_equal(store.read_tokens(order)[:, 0], order * T)
-    with pytest.raises(ValueError, match="no rows"):
-        store.read_tokens([19])  # in the unfilled part of the last train shard
+    with pytest.raises(ValueError, match="buffer"):
+        store.read_ranges("resid_post.0", [(0, 16)], buffer)
 
 
 def test_statistics_are_those_of_the_train_rows(store):
     for site in SITES:
-        rows = [store.read(site, i, i + n) for i, n in store.shards("train")]
-        acts = np.concatenate(rows).astype(np.float64)
+        acts = store.read_ranges(site, store.shards("train")).astype(np.float64)
         norms = np.linalg.norm(acts, axis=1)
         statistics = store.statistics(site)
         assert statistics.rows == len(acts) == ROWS["train"]
         np.testing.assert_allclose(statistics.mean_d, acts.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(statistics.variance_d, acts.var(0), rtol=1e-9)
+        np.testing.assert_allclose(
+            statistics.second_moment_d, (acts**2).mean(0), rtol=1e-12
+        )
         assert statistics.mean_norm == pytest.approx(norms.mean(), rel=1e-12)
         square = (norms**2).mean()
         assert statistics.mean_square_norm == pytest.approx(square, rel=1e-12)
+        by_position = norms.reshape(-1, T)
+        np.testing.assert_allclose(statistics.norm_t, by_position.mean(0), rtol=1e-12)
+        np.testing.assert_array_equal(statistics.largest_norm_t, by_position.max(0))
 
 
 def test_site_names(store, tmp_path):
@@ -156,222 +162,347 @@ def test_site_names(store, tmp_path):
         store.site()
     with pytest.raises(ValueError, match="no site 'resid_post.7'"):
         store.site("resid_post.7")
-    assert write_store(tmp_path / "one", {"train": 8}).site() == "resid_post.0"
+    assert write_store(tmp_path / "one", {"train": 16}).site() == "resid_post.0"
 
 
-def test_a_store_may_be_wholly_held_out(tmp_path):
-    store = write_store(tmp_path, {"train": 0, "heldout": 24})
+def test_a_store_may_be_wholly_held_out(path):
+    store = write_store(path, {"heldout": 32})
     assert store.shards("train") == [] and len(store.sequences("train")) == 0
     statistics = store.statistics("resid_post.0")
     assert statistics.rows == 0 and statistics.mean_d.shape == (4,)
-    assert row_ids(store.read("resid_post.0", 0, 24))[-1] == 23
+    assert row_ids(store.read_ranges("resid_post.0", [(0, 32)]))[-1] == 31
 
 
-def test_zeros_are_data(tmp_path):
-    manifest = make_manifest({"train": PER_SHARD}, {"resid_post.0": 4})
-    writer = StoreWriter(tmp_path, manifest, ["a", "b", "c"])
+def test_zeros_are_data(path):
     zeros = np.zeros((PER_SHARD // T, T), np.int32)
     acts = {"resid_post.0": np.zeros((PER_SHARD, 4), ml_dtypes.bfloat16)}
-    writer.write_shard(Shard(acts, zeros, zeros))
-    writer.finish()
-    assert not open_store(tmp_path).read("resid_post.0", 0, PER_SHARD).any()
+    manifest = make_manifest({"resid_post.0": 4})
+    stores.write(path, manifest, [("train", acts, zeros, zeros)], NAMES)
+    assert not open_store(path).read_ranges("resid_post.0", [(0, PER_SHARD)]).any()
 
 
-def list_shard_files(store):
-    return sorted(file for file in store.path.rglob("c/*/0"))
+@pytest.mark.parametrize("excluded_ids", [[], [3]])
+def test_padding_and_excluded_tokens_are_no_rows(path, excluded_ids):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, size=(20, T)).astype(np.int32)
+    documents = np.where(rng.random((20, T)) < 0.2, -1, 0).astype(np.int32)
+    is_kept = (documents >= 0) & ~np.isin(tokens, excluded_ids)
+    acts = rng.standard_normal((20, T, 4)).astype(ml_dtypes.bfloat16)
+    manifest = make_manifest(
+        {"resid_post.0": 4}, excluded_ids=excluded_ids, contexts_per_shard=7
+    )
+    with StoreWriter(Folder(path), manifest) as writer:
+        blocks = [
+            Contexts("train", tokens[i : i + 7], documents[i : i + 7])
+            for i in range(0, 20, 7)
+        ]
+        writer.write_text(stores.Blocks(blocks, ["a"], PER_CHUNK, excluded_ids))
+        stores.write_shards(writer, {"train": {"resid_post.0": acts[is_kept]}})
+        writer.finish()
+    store = open_store(path)
+    n_rows = is_kept.sum() // PER_CHUNK * PER_CHUNK
+    assert store.rows("train") == n_rows < is_kept.sum()
+    rows = store.read_ranges("resid_post.0", store.shards("train"))
+    assert rows.tobytes() == acts[is_kept][:n_rows].tobytes()
+    np.testing.assert_array_equal(
+        store.read_positions(store.shards("train")), np.argwhere(is_kept)[:n_rows]
+    )
+    is_stored = is_kept & (np.cumsum(is_kept).reshape(20, T) <= n_rows)
+    order = rng.permutation(20)
+    found, is_row = store.read_contexts("resid_post.0", order)
+    np.testing.assert_array_equal(is_row, is_stored[order])
+    expected = np.where(is_stored[..., None], acts, 0).astype(ml_dtypes.bfloat16)
+    assert found.tobytes() == expected[order].tobytes()
 
 
-def test_a_deleted_or_short_shard_is_named_on_open(store):
-    files = list_shard_files(store)
+def test_int8_rows_are_within_half_a_scale(path, tmp_path):
+    store = write_store(path, ROWS, SITES, dtype="int8")
+    exact = write_store(tmp_path / "exact", ROWS, SITES)
+    for site in SITES:
+        ranges = [*store.shards("train"), (200, 30)]
+        rows = exact.read_ranges(site, ranges).astype(np.float32)
+        stored = np.empty(rows.shape, np.int8)
+        scales = np.empty(len(rows), np.float32)
+        store.read_stored(site, ranges, stored, scales)
+        np.testing.assert_allclose(scales, np.abs(rows).max(1) / 127, rtol=1e-6)
+        error = np.abs(stored * scales[:, None] - rows)
+        assert (error <= 0.5001 * scales[:, None]).all() and error.any()
+        read = store.read_ranges(site, ranges)
+        expected = (stored * scales[:, None]).astype(ml_dtypes.bfloat16)
+        assert read.tobytes() == expected.tobytes()
+        mean_d = store.read_ranges(site, store.shards("train")).astype(float).mean(0)
+        np.testing.assert_allclose(store.statistics(site).mean_d, mean_d, rtol=1e-12)
+    zero = Stored.encode(np.zeros((2, 4), ml_dtypes.bfloat16), "int8")
+    assert not zero.decode().any()
+
+
+def list_shard_files(path):
+    return sorted(
+        file for file in path.rglob("*") if "/c/" in str(file) and file.is_file()
+    )
+
+
+def test_a_deleted_or_short_shard_is_named_on_open(store, path):
+    files = list_shard_files(path)
     assert len(files) == 5 * 5
     for file in files:
         contents = file.read_bytes()
         file.unlink()
         with pytest.raises(ValueError, match="missing") as error:
-            open_store(store.path)
+            open_store(path)
         assert str(file) in str(error.value)
         file.write_bytes(contents[:-1])
         short = f"has {len(contents) - 1} bytes, not"
         with pytest.raises(ValueError, match=short) as error:
-            open_store(store.path)
+            open_store(path)
         assert str(file) in str(error.value)
         file.write_bytes(contents)
-    open_store(store.path)
+    open_store(path)
 
 
 @pytest.mark.parametrize("place", [0, 1000, -1])
-def test_a_flipped_byte_is_an_error_that_names_the_file(store, place):
-    for name in ("acts/mlp_act.1", "tokens", "documents"):
-        file = store.path / name / "c" / "1" / "0"
+def test_a_flipped_byte_is_an_error_that_names_the_file(store, path, place):
+    for name in ("acts/mlp_act.1", "tokens", "documents", "positions"):
+        (file,) = [f for f in list_shard_files(path / name) if "/c/1/" in str(f)]
         contents = bytearray(file.read_bytes())
         contents[place % len(contents) if place < 0 else place % 100] ^= 1
         file.write_bytes(contents)
-        again = open_store(store.path)
+        again = open_store(path)
         with pytest.raises(ValueError, match="damaged shard") as error:
             if name == "tokens":
                 again.read_tokens([8, 9])
             elif name == "documents":
                 again.read_documents([8, 9])
+            elif name == "positions":
+                again.read_positions([(64, 16)])
             else:
-                again.read("mlp_act.1", 0, 128)
+                again.read_ranges("mlp_act.1", [(0, 128)])
         assert str(file) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_shard_deleted_after_open_is_never_zeros(store):
-    file = store.path / "acts/mlp_act.1/c/1/0"
+def test_a_shard_deleted_after_open_is_never_zeros(store, path):
+    file = path / "acts/mlp_act.1/c/1/0/0"
     file.unlink()
     with pytest.raises(ValueError, match="damaged shard") as error:
-        store.read("mlp_act.1", 64, 80)
+        store.read_ranges("mlp_act.1", [(64, 16)])
     assert str(file) in str(error.value)
 
 
-def test_refuses_what_is_not_a_complete_store(store, tmp_path):
+def test_refuses_what_is_not_a_complete_store(store, path, tmp_path):
     with pytest.raises(FileNotFoundError, match="no store at"):
         open_store(tmp_path / "nowhere")
-    file = store.path / "manifest.json"
+    file = path / "manifest.json"
     text = file.read_text()
     for change, message in (
-        ({"complete": False}, "still being written"),
-        ({"version": 9}, "version 9"),
+        ({"complete": False}, "still being written .5 of 5 shards"),
+        ({"complete": False, "is_packed": False}, "its text is not packed"),
+        ({"version": 9}, "version 9, .* upgrade sae_jax"),
+        ({"version": 1}, "version 1, .* harvest the store again"),
         ({"surprise": 1}, "not a store's manifest"),
+        ({"dtype": "float64"}, "dtype is 'float64'"),
         ({"sites": {"../elsewhere.0": 4}}, "no site is called"),
         ({"sites": {"../../escape": 4}}, "no site is called '../../escape'"),
     ):
         file.write_text(json.dumps(json.loads(text) | change))
-        with pytest.raises(ValueError, match=message):
-            open_store(store.path)
+        with pytest.raises(ValueError, match=message) as error:
+            open_store(path)
+        assert str(path) in str(error.value)
     file.write_text(text[: len(text) // 2])
     with pytest.raises(ValueError, match="not a store's manifest"):
-        open_store(store.path)
+        open_store(path)
 
 
 def test_refuses_a_folder_that_is_not_a_store(tmp_path):
-    manifest = make_manifest({"train": 8}, {"resid_post.0": 4})
+    manifest = make_manifest({"resid_post.0": 4})
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="not a store and not empty.*thesis.tex"):
-        StoreWriter(tmp_path, manifest, [])
+        StoreWriter(Folder(tmp_path), manifest)
     with pytest.raises(ValueError, match="is a file"):
-        StoreWriter(tmp_path / "thesis.tex", manifest, [])
+        StoreWriter(Folder(tmp_path / "thesis.tex"), manifest)
+    (tmp_path / "thesis.tex").unlink()
+    (tmp_path / "figures").mkdir()
+    with pytest.raises(ValueError, match="not a store and not empty.*figures"):
+        StoreWriter(Folder(tmp_path), manifest)
 
 
-def test_another_setting_is_named(store):
-    manifest = make_manifest(ROWS, SITES)
-    manifest.seed = 1
-    with pytest.raises(ValueError, match="begun with seed = 0, this harvest has 1"):
-        StoreWriter(store.path, manifest, [])
+def test_another_setting_is_named(store, path):
+    for change, message in (
+        ({"seed": 1}, "begun with seed = 0, this harvest has 1"),
+        ({"dtype": "int8"}, "begun with dtype = 'bfloat16'"),
+        ({"packing": "padded"}, "begun with packing = 'joined'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            StoreWriter(Folder(path), make_manifest(SITES, **change))
 
 
-def test_a_second_writer_is_refused_until_the_first_ends(store, tmp_path):
-    path = tmp_path / "shared"
-    manifest = make_manifest(ROWS, SITES)
-    first = StoreWriter(path, manifest, ["a", "b", "c"])
-    first.write_shard(make_shard(manifest, 0))
+def begin(path, process=0, n_processes=1):
+    """A writer of a store whose text is packed."""
+    writer = StoreWriter(Folder(path), make_manifest(SITES), process, n_processes)
+    if not writer.manifest.is_packed:
+        blocks = [Contexts(s, t, d) for s, _, t, d in make_blocks(ROWS, SITES)]
+        writer.write_text(stores.Blocks(blocks, NAMES))
+    return writer
+
+
+def gather_rows():
+    blocks = make_blocks(ROWS, SITES)
+    return {
+        split: {
+            site: np.concatenate([acts[site] for s, acts, *_ in blocks if s == split])
+            for site in SITES
+        }
+        for split in ROWS
+    }
+
+
+@pytest.mark.parametrize("n_processes", [2, 4, 7])
+def test_several_processes_write_the_store_of_one(store, path, tmp_path, n_processes):
+    shared = tmp_path / "shared"
+    writers = [begin(shared, i, n_processes) for i in range(n_processes)]
+    missing = [writer.missing_shards() for writer in writers]
+    assert sorted(sum(missing, [])) == list(range(5))
+    for writer in writers[::-1]:
+        with pytest.raises(ValueError, match="still being written"):
+            open_store(shared)
+        stores.write_shards(writer, gather_rows())
+        is_last = writer is writers[0]
+        assert writer.finish() == is_last
+    assert read_folder(shared) == read_folder(path)
+
+
+def test_a_part_is_written_by_one_process_at_a_time(store, path, tmp_path):
+    shared = tmp_path / "shared"
+    first = begin(shared)
+    stores.write_shards(first, gather_rows(), [0])
     with pytest.raises(ValueError, match="in use by another process: wait") as error:
-        StoreWriter(path, manifest, ["a", "b", "c"])
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+        begin(shared)
+    assert str(shared) in str(error.value) and "\n" not in str(error.value)
+    begin(shared, 1, 2).close()  # another part
     first.close()
-    write_store(path, ROWS, SITES)
-    assert read_folder(path) == read_folder(store.path)
-    StoreWriter(path, manifest, ["a", "b", "c"]).close()  # the last one has let go
+    write_store(shared, ROWS, SITES)
+    assert read_folder(shared) == read_folder(path)
+    begin(shared).close()  # the last one has let go
 
 
 def test_a_folder_with_only_a_lock_is_empty(tmp_path):
     lock_folder(tmp_path).close()
-    assert read_begun(tmp_path) is None
-
-
-def test_remote_folders_are_refused():
-    manifest = make_manifest({"train": 8}, {"resid_post.0": 4})
-    for path in ("gs://bucket/store", Path("s3://bucket/store")):
-        for use in (open_store, read_begun, lambda p: StoreWriter(p, manifest, [])):
-            with pytest.raises(ValueError, match="local folders only"):
-                use(path)
+    begin(tmp_path).close()
 
 
 class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("n_replaced", range(9))
+@pytest.mark.parametrize("n_written", range(0, 16))
 def test_stopped_at_any_file_and_resumed_is_byte_identical(
-    store, tmp_path, monkeypatch, n_replaced
+    store, path, tmp_path, monkeypatch, n_written
 ):
     """test_harvest has the same for a process that is killed."""
-    replace, n_left = os.replace, n_replaced
+    write, n_left = Folder.write, n_written
 
     def stop(*arguments):
         nonlocal n_left
         n_left -= 1
         if n_left < 0:
             raise Stop
-        replace(*arguments)
+        write(*arguments)
 
-    path = tmp_path / "stopped"
-    monkeypatch.setattr(os, "replace", stop)
+    stopped = tmp_path / "stopped"
+    monkeypatch.setattr(Folder, "write", stop)
     with pytest.raises(Stop):
-        write_store(path, ROWS, SITES)
+        write_store(stopped, ROWS, SITES)
     monkeypatch.undo()
-    assert any(path.iterdir())
     with pytest.raises((FileNotFoundError, ValueError)):
-        open_store(path)
-    write_store(path, ROWS, SITES)
-    assert read_folder(path) == read_folder(store.path)
+        open_store(stopped)
+    write_store(stopped, ROWS, SITES)
+    assert read_folder(stopped) == read_folder(path)
 
 
-def test_what_a_stopped_write_left_is_not_merged(store, tmp_path):
-    path = tmp_path / "stopped"
-    manifest = make_manifest(ROWS, SITES)
-    writer = StoreWriter(path, manifest, ["a", "b", "c"])
-    for index in (0, 1):
-        writer.write_shard(make_shard(manifest, index))
+def test_what_a_stopped_write_left_is_not_merged(store, path, tmp_path):
+    stopped = tmp_path / "stopped"
+    writer = begin(stopped)
+    stores.write_shards(writer, gather_rows(), [0, 1])
     writer._commit()
     writer.close()
-    torn = path / "acts/mlp_act.1/c/2/0"  # a shard that is partly filled
-    torn.parent.mkdir(parents=True)
+    torn = stopped / "acts/mlp_act.1/c/2/0/0"  # a shard that is partly filled
+    torn.parent.mkdir(parents=True, exist_ok=True)
     torn.write_bytes(b"torn")
-    write_store(path, ROWS, SITES)
-    assert read_folder(path) == read_folder(store.path)
+    write_store(stopped, ROWS, SITES)
+    assert read_folder(stopped) == read_folder(path)
 
 
-def test_a_full_disk_is_one_line_and_resumable(store, tmp_path, monkeypatch):
-    path = tmp_path / "full"
-    write_whole, n_left = store_writer.write_whole, 4
+@pytest.mark.parametrize("n_written", [0, 1, 2, 3, 9])
+def test_a_full_disk_is_one_line_and_resumable(
+    store, path, tmp_path, monkeypatch, n_written
+):
+    full = tmp_path / "full"
+    write, n_left = Folder.write, n_written
 
-    def fail(file, data):
+    def fail(*arguments):
         nonlocal n_left
         n_left -= 1
         if n_left < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write_whole(file, data)
+            raise OSError(errno.ENOSPC, "no room")
+        write(*arguments)
 
-    monkeypatch.setattr(store_writer, "write_whole", fail)
-    with pytest.raises(OSError, match="is full, with . of 5 shards written") as error:
-        write_store(path, ROWS, SITES)
+    monkeypatch.setattr(Folder, "write", fail)
+    with pytest.raises(OSError, match="the disk of .* is full") as error:
+        write_store(full, ROWS, SITES)
     assert error.value.errno == errno.ENOSPC and "\n" not in str(error.value)
     monkeypatch.undo()
-    write_store(path, ROWS, SITES)
-    assert read_folder(path) == read_folder(store.path)
+    write_store(full, ROWS, SITES)
+    assert read_folder(full) == read_folder(path)
 
 
 def test_tensorstore_says_that_a_disk_is_full():
     text = "RESOURCE_EXHAUSTED: Error writing local file [os_error_code='28']"
-    assert store_writer._is_full_disk(ValueError(text))
-    assert not store_writer._is_full_disk(ValueError("[os_error_code='2']"))
+    assert folders.is_full_disk(ValueError(text))
+    assert not folders.is_full_disk(ValueError("[os_error_code='2']"))
 
 
-def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_too_little_space_is_said_before_rows_are_written(path, monkeypatch):
     Usage = namedtuple("Usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 10**6))
-    path = tmp_path / "a" / "b"
-    with pytest.raises(OSError, match="needs 27 MB more, the disk .* has 1 MB free"):
-        write_store(path, {"train": 10**6})
-    assert not path.parent.exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 10**4))
+    with pytest.raises(OSError, match="needs 1 MB more, the disk .* has 0 MB free"):
+        write_store(path, {"train": 8192})
+    assert not list(path.glob("acts/*/c"))
 
 
-def test_values_that_are_not_numbers_are_refused(tmp_path):
-    manifest = make_manifest({"train": PER_SHARD}, {"resid_post.0": 4})
-    shard = make_shard(manifest, 0)
-    shard.acts["resid_post.0"][5, 2] = np.nan
-    writer = StoreWriter(tmp_path, manifest, ["a", "b", "c"])
-    with pytest.raises(ValueError, match="site resid_post.0"):
-        writer.write_shard(shard)
+def test_values_that_are_not_numbers_are_refused(path):
+    blocks = make_blocks({"train": PER_SHARD}, {"resid_post.0": 4})
+    blocks[0][1]["resid_post.0"][5, 2] = np.nan
+    for dtype in ("bfloat16", "int8"):
+        manifest = make_manifest({"resid_post.0": 4}, dtype=dtype)
+        with pytest.raises(ValueError, match="site resid_post.0"):
+            stores.write(path / dtype, manifest, blocks, NAMES)
+
+
+def test_a_damaged_record_is_named(store, path):
+    record = path / "shards/1/mlp_act.1.npz"
+    record.write_bytes(record.read_bytes()[:-9])
+    manifest = path / "manifest.json"
+    values = json.loads(manifest.read_text()) | {"complete": False, "statistics": {}}
+    manifest.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="cannot read .*shards/1/mlp_act.1.npz"):
+        begin(path).finish()
+
+
+def test_rows_are_found_without_reading_every_text(store, path):
+    text = Text(Folder(path), find_manifest(Folder(path)))
+    selection = text.select("heldout", 60, 10)
+    rows = np.arange(60, 70) + 1000
+    np.testing.assert_array_equal(selection.tokens[selection.is_wanted], rows)
+    assert len(selection.sequences) == 2
+
+
+@pytest.mark.parametrize(
+    "url, message",
+    [
+        ("ftp://host/a", "not at ftp:"),
+        ("s3://", "give s3://BUCKET/FOLDER"),
+        ("gs://bucket/../a", "give gs://BUCKET/FOLDER"),
+    ],
+)
+def test_addresses_that_are_no_folder(url, message):
+    with pytest.raises(ValueError, match=message):
+        Folder(url)

@@ -1,38 +1,50 @@
 """Run a subject model over text and store its activations.
 
     sae-jax harvest --out=store/
-    sae-jax harvest --text=docs/ --text=notes.txt --site=resid_post.3 --out=store/
+    sae-jax harvest --subject=openai-community/gpt2 --text=wiki.jsonl.gz \
+        --site=resid_post.5 --site=mlp_out.5 --dtype=int8 --out=s3://bucket/store
 
-The text is the running Python's standard library unless --text names files or
-folders. The same command goes on with a harvest that was stopped.
+The text is the running Python's standard library unless --text names files, folders or
+hf:NAME. The same command goes on with a harvest that was stopped. Several processes
+share one store, each with its own --process of --n_processes.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
+from sae_jax import harvest as harvests
 from sae_jax.cli.errors import Misuse
-from sae_jax.harvest import HELDOUT_EVERY, ROWS_PER_CHUNK, ROWS_PER_SHARD, harvest
-from sae_jax.subjects import load_subject
-from sae_jax.text import read_documents, read_standard_library
+from sae_jax.mesh import make_local_mesh
+from sae_jax.subjects import load_any_subject
+from sae_jax.text import open_corpus, standard_library
 
-_SUBJECT = flags.DEFINE_string("subject", "default", "the model's folder, or default")
+_SUBJECT = flags.DEFINE_string(
+    "subject", "default", "a model's folder or its name on the hub, or default"
+)
 _SITE = flags.DEFINE_multi_string("site", "resid_post.3", "where to read; may repeat")
-_TEXT = flags.DEFINE_multi_string("text", None, "a file or folder; may repeat")
-_OUT = flags.DEFINE_string("out", None, "the store's folder, made if missing")
-_CONTEXT_LENGTH = flags.DEFINE_integer(
-    "context_length", None, "tokens in a context; the subject's own if not given"
+_TEXT = flags.DEFINE_multi_string("text", None, "file, folder or hf:NAME; may repeat")
+_TEXT_FIELD = flags.DEFINE_string("text_field", "text", "of JSON lines and tables")
+_OUT = flags.DEFINE_string("out", None, "the store's folder, or gs:// or s3://")
+_WEIGHTS_OVER = flags.DEFINE_integer(
+    "weights_over", 1, "devices that share the subject's weights; the rest share texts"
 )
-_MAX_ROWS = flags.DEFINE_integer("max_rows", None, "stop at so many rows")
-_ROWS_PER_SHARD = flags.DEFINE_integer(
-    "rows_per_shard", ROWS_PER_SHARD, "rows in a file"
-)
-_ROWS_PER_CHUNK = flags.DEFINE_integer(
-    "rows_per_chunk", ROWS_PER_CHUNK, "rows in one read"
-)
-_HELDOUT_EVERY = flags.DEFINE_integer(
-    "heldout_every", HELDOUT_EVERY, "hold out one document in so many"
-)
+_SETTINGS = [
+    flags.DEFINE_integer("context_length", None, "tokens in a context; the subject's"),
+    flags.DEFINE_integer("max_rows", None, "stop at so many rows"),
+    flags.DEFINE_float("max_gb", None, "stop at so many 10^9 bytes"),
+    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "int8"], "of the rows"),
+    flags.DEFINE_enum("packing", "joined", ["joined", "padded"], "see the README"),
+    flags.DEFINE_enum("bos", None, ["document", "context", "none"], "what BOS leads"),
+    flags.DEFINE_bool("exclude_special", False, "leave out rows of special tokens"),
+    flags.DEFINE_integer("heldout_every", harvests.HELDOUT_EVERY, "of documents, one"),
+    flags.DEFINE_integer("rows_per_shard", harvests.ROWS_PER_SHARD, "rows in a file"),
+    flags.DEFINE_integer("rows_per_chunk", harvests.ROWS_PER_CHUNK, "rows in a read"),
+    flags.DEFINE_integer("batch_contexts", harvests.BATCH_CONTEXTS, "read at a time"),
+    flags.DEFINE_integer("process", 0, "which of --n_processes this is"),
+    flags.DEFINE_integer("n_processes", 1, "that share the work"),
+]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -41,16 +53,15 @@ def main(argv: Sequence[str]) -> None:
         raise Misuse(f"unexpected argument {argv[1]!r}: give flags only")
     if _OUT.value is None:
         raise Misuse("--out is required; see sae-jax harvest --help")
-    store = harvest(
-        load_subject(_SUBJECT.value),
-        read_documents(_TEXT.value) if _TEXT.value else read_standard_library(),
-        _OUT.value,
-        _SITE.value,
-        context_length=_CONTEXT_LENGTH.value,
-        max_rows=_MAX_ROWS.value,
-        heldout_every=_HELDOUT_EVERY.value,
-        rows_per_shard=_ROWS_PER_SHARD.value,
-        rows_per_chunk=_ROWS_PER_CHUNK.value,
-    )
+    corpus = standard_library()
+    if _TEXT.value:
+        corpus = open_corpus(_TEXT.value, _TEXT_FIELD.value)
+    settings: dict[str, Any] = {flag.name: flag.value for flag in _SETTINGS}
+    mesh = make_local_mesh(_WEIGHTS_OVER.value)
+    subject = load_any_subject(_SUBJECT.value, mesh=mesh)
+    store = harvests.harvest(subject, corpus, _OUT.value, _SITE.value, **settings)
+    if store is None:
+        print(f"harvested: its part of {_OUT.value}; others still write theirs")
+        return
     rows = ", ".join(f"{n:,} {split} rows" for split, n in store.manifest.rows.items())
     print(f"harvested: {_OUT.value}: {rows} of {', '.join(store.sites)}")

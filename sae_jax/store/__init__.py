@@ -1,42 +1,51 @@
-"""Activation stores: rows of activations on disk, as `sae_jax.harvest` leaves them.
+"""Activation stores: rows of activations, as `sae_jax.harvest` leaves them.
 
-A store is a folder:
+A store is a folder, on a disk or in a bucket (`sae_jax.store.folder`):
 
-    manifest.json          what is in it, and which shards have been written
-    documents.json         the names of the documents; a document's id is its index
-    statistics/SITE.npy    the mean of the train rows, float64 [D]
-    acts/SITE              zarr3, bfloat16 [rows, D]
-    positions              zarr3, int32 [rows, 2]: (sequence, position) of each row
-    tokens, documents      zarr3, int32 [sequences, T]: token id, and document id
+    manifest.json            what is in it, and whether it is complete
+    documents.json           the names of the documents; a document's id is its index
+    tokens, documents        zarr3, int32 [contexts, T]: token ids, and document ids
+    acts/SITE                zarr3, bfloat16 or int8 [rows, D]
+    scales/SITE              zarr3, float32 [rows]: what to multiply int8 rows by
+    positions                zarr3, int32 [rows, 2]: (sequence, position) of each row
+    shards/N/SITE.npz        the sums of the rows of shard N, written when it was safe
+    statistics/SITE.npz      the statistics of all train rows
 
-Row r belongs to sequence r // T, at position r % T. A shard, one file of an array,
-holds `rows_per_shard` rows, which are whole sequences of one split, `train` or
-`heldout`; only the last shard of a split may be partly filled. Shards are made of
-chunks, which carry a crc32c that every read checks: a damaged shard is an error that
-names its file. A shard that is not there is an error too, never rows of zeros.
+A context belongs to one split, `train` or `heldout`, and so does each file of text and
+of rows. The rows of a split are the positions of its contexts, in order, less padding
+and excluded tokens (`sae_jax.store.text`); a file holds `rows_per_shard` of them, only
+the last of a split fewer. Files are made of chunks, which carry a crc32c that every
+read checks: a damaged file is an error that names it. A file that is not there is an
+error too, never rows of zeros.
 
 `open_store` reads one, `StoreWriter` writes one.
 """
 
-from sae_jax.store.layout import SPLITS, Manifest, read_manifest
-from sae_jax.store.reader import Range, Statistics, Store, open_store
-from sae_jax.store.writer import (
-    Shard,
-    StoreWriter,
-    check_same_settings,
-    read_begun,
-)
+from sae_jax.store.begin import choose_manifest
+from sae_jax.store.folder import Folder
+from sae_jax.store.layout import SPLITS, Manifest, find_manifest, read_manifest
+from sae_jax.store.quantise import Stored
+from sae_jax.store.reader import Range, Store, open_store
+from sae_jax.store.statistics import Statistics, mix
+from sae_jax.store.text import NO_DOCUMENT, Contexts, Text, is_row
+from sae_jax.store.writer import StoreWriter
 
 __all__ = [
+    "NO_DOCUMENT",
     "SPLITS",
+    "Contexts",
+    "Folder",
     "Manifest",
     "Range",
-    "Shard",
     "Statistics",
     "Store",
     "StoreWriter",
-    "check_same_settings",
+    "Stored",
+    "Text",
+    "choose_manifest",
+    "find_manifest",
+    "is_row",
+    "mix",
     "open_store",
-    "read_begun",
     "read_manifest",
 ]

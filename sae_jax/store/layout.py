@@ -2,142 +2,260 @@
 
 import dataclasses
 import json
+import math
 import re
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from sae_jax.files import refuse_remote
+from sae_jax.store.folder import Folder, is_unreachable, raise_plainly
 
-VERSION = 1
+VERSION = 2
 SPLITS = ("train", "heldout")
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
 MANIFEST = "manifest.json"
 DOCUMENTS = "documents.json"
+_RECORDS = "shards/"
+_CHUNKS_TOGETHER = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShard:
+    """A file of rows: rows `first` to `first + rows` of its split."""
+
+    split: str
+    first: int
+    rows: int
 
 
 @dataclasses.dataclass(kw_only=True)
 class Manifest:
-    """The contents of manifest.json. Hashes are sha256."""
+    """The contents of manifest.json. Hashes are sha256.
+
+    `text_shards` and what follows are known once the text is packed, `statistics`
+    (rows, mean norm and mean square norm by site) once the store is complete.
+    """
 
     version: int = VERSION
     subject: dict[str, str]  # name, identity, and the dtype it computed in
     tokenizer: str  # hash
-    corpus: str  # hash of the names and texts of all documents
+    corpus: str  # hash of the names and contents of all its files
     sites: dict[str, int]  # the width of each
     dtype: str = "bfloat16"
     context_length: int
+    packing: str = "joined"
+    bos: str = "document"
+    bos_id: int | None = None
+    excluded_ids: list[int] = dataclasses.field(default_factory=list)
     heldout_every: int
     max_rows: int | None
     seed: int
     rows_per_shard: int
     rows_per_chunk: int
-    n_documents: int
-    rows: dict[str, int]  # by split
-    dropped_tokens: dict[str, int]  # by split; tokenised, but short of a context
-    shards: list[dict[str, Any]]  # split and rows of each, in the order of the files
-    shards_written: int = 0
+    contexts_per_shard: int  # of a file of text
+    n_documents: int = 0
+    rows: dict[str, int] = dataclasses.field(default_factory=dict)  # by split
+    dropped_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
+    # Split, contexts and rows of each file of text, in their order.
+    text_shards: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    is_packed: bool = False
     complete: bool = False
     statistics: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    sums: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for site in self.sites:  # they name folders, and a store may come from anyone
             if not re.fullmatch(r"[a-z_]+\.\d+", site):
                 raise ValueError(f"no site is called {site!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}, not one of {', '.join(DTYPES)}")
+
+    @property
+    def row_shards(self) -> list[RowShard]:
+        """The files of rows, in their order: those of train, then those of heldout."""
+        return [
+            RowShard(split, first, min(self.rows_per_shard, self.rows[split] - first))
+            for split in SPLITS
+            for first in range(0, self.rows.get(split, 0), self.rows_per_shard)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrayLayout:
-    """How one array of a store lies in its files; lengths are along its first axis."""
+    """How one array of a store lies in its files.
+
+    An array of rows is [chunks, rows of a chunk, ...], as whole chunks are read fastest
+    by their number; an array of contexts is [contexts, T], a chunk being a file. `item`
+    is the shape of a row or a context; lengths count these.
+    """
 
     name: str
     dtype: Any
-    width: int
+    item: tuple[int, ...]
     shard_length: int
     chunk_length: int
+    by_chunk: bool
 
-    def open(self, folder: Path, n_shards: int, create: bool = False) -> ts.TensorStore:
+    def open(
+        self, folder: Folder, n_shards: int, is_new: bool = False
+    ) -> ts.TensorStore:
         """The array, whose metadata must be exactly this layout."""
-        bytes_codec = {"name": "bytes", "configuration": {"endian": "little"}}
-        codecs = [bytes_codec, {"name": "crc32c"}]
-        sharding = {
-            "chunk_shape": [self.chunk_length, self.width],
-            "codecs": codecs,
-            "index_codecs": codecs,
-            "index_location": "end",
-        }
-        shard_shape = [self.shard_length, self.width]
-        path = str(folder.absolute() / self.name)
-        kvstore: dict[str, Any] = {"driver": "file", "path": path}
-        if not create:  # twice as fast to read
+        kvstore = folder.kvstore(self.name)
+        if folder.is_local and not is_new:  # twice as fast to read
             kvstore["file_io_mode"] = {"mode": "memmap"}
         spec = {
             "driver": "zarr3",
             "kvstore": kvstore,
-            "metadata": {
-                "shape": [n_shards * self.shard_length, self.width],
-                "data_type": np.dtype(self.dtype).name,
-                "chunk_grid": {
-                    "name": "regular",
-                    "configuration": {"chunk_shape": shard_shape},
-                },
-                "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-            },
+            "metadata": self._describe(n_shards),
             # Zeros are data here: stored like any other, and never made up.
             "store_data_equal_to_fill_value": True,
             "fill_missing_data_reads": False,
+            "recheck_cached_data": "open",
         }
-        return ts.open(spec, open=True, create=create).result()
+        opened = ts.open(spec, open=True, create=is_new, context=folder.context)
+        try:
+            return opened.result()
+        except (ValueError, OSError) as error:
+            raise_plainly(folder, error)
 
-    def shard_file(self, folder: Path, shard: int) -> Path:
-        return folder / self.name / "c" / str(shard) / "0"
+    def shard_file(self, shard: int) -> str:
+        """The name of a shard's file in the store."""
+        return f"{self.name}/c/{shard}" + "/0" * (len(self._shape(1)) - 1)
 
     def shard_bytes(self, length: int) -> int:
         """The size of a shard's file: its filled chunks, each with its crc32c, then
         the index (offset and size of every chunk) with its own."""
         n_filled = -(-length // self.chunk_length)
         n_chunks = self.shard_length // self.chunk_length
-        row_bytes = self.width * np.dtype(self.dtype).itemsize
-        return n_filled * (self.chunk_length * row_bytes + 4) + 16 * n_chunks + 4
+        return n_filled * (self.chunk_length * self.item_bytes + 4) + 16 * n_chunks + 4
+
+    @property
+    def item_bytes(self) -> int:
+        return math.prod(self.item) * np.dtype(self.dtype).itemsize
+
+    def select(self, array: ts.TensorStore, start: int, stop: int) -> ts.TensorStore:
+        """The part of the array that holds items `start` to `stop`: whole chunks of
+        rows, where these begin with a chunk."""
+        if not self.by_chunk:
+            return array[start:stop]
+        assert start % self.chunk_length == 0
+        return array[start // self.chunk_length : -(-stop // self.chunk_length)]
+
+    def fill_chunks(self, values: np.ndarray) -> np.ndarray:
+        """The values of items as `select` has them: whole chunks, ending in zeros."""
+        if not self.by_chunk:
+            return np.ascontiguousarray(values)
+        if missing := -len(values) % self.chunk_length:
+            zeros = np.zeros((missing, *self.item), values.dtype)
+            values = np.concatenate([values, zeros])
+        return np.ascontiguousarray(values).reshape(-1, self.chunk_length, *self.item)
+
+    def _shape(self, length: int) -> list[int]:
+        if self.by_chunk:
+            return [length // self.chunk_length, self.chunk_length, *self.item]
+        return [length, *self.item]
+
+    def _describe(self, n_shards: int) -> dict[str, Any]:
+        bytes_codec: dict[str, Any] = {"name": "bytes"}
+        if np.dtype(self.dtype).itemsize > 1:
+            bytes_codec["configuration"] = {"endian": "little"}
+        index_codec = {"name": "bytes", "configuration": {"endian": "little"}}
+        sharding = {
+            "chunk_shape": self._shape(self.chunk_length),
+            "codecs": [bytes_codec, {"name": "crc32c"}],
+            "index_codecs": [index_codec, {"name": "crc32c"}],
+            "index_location": "end",
+        }
+        return {
+            "shape": self._shape(n_shards * self.shard_length),
+            "data_type": np.dtype(self.dtype).name,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": self._shape(self.shard_length)},
+            },
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        }
 
 
-def list_arrays(manifest: Manifest) -> list[ArrayLayout]:
-    """The arrays of a store: those of rows first, then those of sequences."""
-    rows, chunk = manifest.rows_per_shard, manifest.rows_per_chunk
-    t = manifest.context_length
-    acts = [
-        ArrayLayout(acts_name(site), ml_dtypes.bfloat16, width, rows, chunk)
+def list_text_arrays(manifest: Manifest) -> list[ArrayLayout]:
+    """The arrays of contexts: tokens and documents."""
+    n, t = manifest.contexts_per_shard, manifest.context_length
+    return [
+        ArrayLayout(name, np.int32, (t,), n, n, by_chunk=False)
+        for name in ("tokens", "documents")
+    ]
+
+
+def list_row_arrays(manifest: Manifest) -> list[ArrayLayout]:
+    """The arrays of rows: activations by site, with scales for int8, and positions."""
+    shard, chunk = manifest.rows_per_shard, manifest.rows_per_chunk
+    # Chunks of a few bytes would cost as much as large ones to read.
+    n_chunks = shard // chunk
+    together = next(n for n in range(_CHUNKS_TOGETHER, 0, -1) if n_chunks % n == 0)
+    large = chunk * together
+    dtype = DTYPES[manifest.dtype]
+    arrays = [
+        ArrayLayout(acts_name(site), dtype, (width,), shard, chunk, by_chunk=True)
         for site, width in manifest.sites.items()
     ]
-    return acts + [
-        ArrayLayout("positions", np.int32, 2, rows, rows),
-        ArrayLayout("tokens", np.int32, t, rows // t, rows // t),
-        ArrayLayout("documents", np.int32, t, rows // t, rows // t),
-    ]
+    if manifest.dtype == "int8":
+        arrays += [
+            ArrayLayout(scales_name(site), np.float32, (), shard, large, by_chunk=True)
+            for site in manifest.sites
+        ]
+    positions = ArrayLayout("positions", np.int32, (2,), shard, large, by_chunk=True)
+    return [*arrays, positions]
+
+
+def finish_read(read: Any, folder: Folder, file: str) -> Any:
+    """What was read; ValueError that names the file if it is damaged."""
+    try:
+        return read.result()
+    except (ValueError, OSError) as error:
+        if is_unreachable(folder, error):
+            raise_plainly(folder, error)
+        raise ValueError(
+            f"damaged shard {folder.name_file(file)}: {str(error).splitlines()[0]}; "
+            "restore the file or harvest the store again"
+        ) from error
 
 
 def acts_name(site: str) -> str:
     return f"acts/{site}"
 
 
-def statistics_file(folder: Path, site: str) -> Path:
-    return folder / "statistics" / f"{site}.npy"
+def scales_name(site: str) -> str:
+    return f"scales/{site}"
 
 
-def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of a store, which may still be incomplete."""
-    refuse_remote(path)
-    file = Path(path) / MANIFEST
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"no store at {str(path)!r}: {MANIFEST} is missing; write one with "
-            f"sae-jax harvest --out={path}"
-        )
+def record_name(shard: int, site: str) -> str:
+    """The file of a row shard's sums, written once the shard is safe."""
+    return f"{_RECORDS}{shard}/{site}.npz"
+
+
+def list_recorded(folder: Folder, manifest: Manifest) -> set[int]:
+    """The row shards that are safe."""
+    names = set(folder.list(_RECORDS))
+    return {
+        shard
+        for shard in range(len(manifest.row_shards))
+        if all(record_name(shard, site) in names for site in manifest.sites)
+    }
+
+
+def statistics_name(site: str) -> str:
+    return f"statistics/{site}.npz"
+
+
+def find_manifest(folder: Folder) -> Manifest | None:
+    """The manifest of the store there, complete or not; None if there is no store."""
+    data = folder.read(MANIFEST)
+    if data is None:
+        return None
+    file = folder.name_file(MANIFEST)
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(data)
         version = values["version"]
         if version == VERSION:
             return Manifest(**values)
@@ -146,7 +264,21 @@ def read_manifest(path: str | Path) -> Manifest:
             f"{file} is not a store's manifest ({error}): delete the folder and "
             "harvest again"
         ) from error
+    cure = "harvest the store again"
+    if isinstance(version, int) and version > VERSION:
+        cure = "upgrade sae_jax (pip install -U sae_jax), or harvest the store again"
     raise ValueError(
-        f"{file} has version {version!r}, this sae_jax reads version {VERSION}: "
-        "harvest the store again"
+        f"{file} has version {version!r}, this sae_jax reads version {VERSION}: {cure}"
     )
+
+
+def read_manifest(path: Any) -> Manifest:
+    """The manifest of a store, which may still be incomplete."""
+    folder = path if isinstance(path, Folder) else Folder(path)
+    manifest = find_manifest(folder)
+    if manifest is None:
+        raise FileNotFoundError(
+            f"no store at {str(folder)!r}: {MANIFEST} is missing; write one with "
+            f"sae-jax harvest --out={folder}"
+        )
+    return manifest

@@ -1,71 +1,78 @@
 """Opening and reading a store. Every row that leaves here has passed its checksum."""
 
-import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
+from sae_jax.store.folder import Folder
 from sae_jax.store.layout import (
     DOCUMENTS,
+    DTYPES,
+    SPLITS,
+    ArrayLayout,
     Manifest,
     acts_name,
-    list_arrays,
+    finish_read,
+    list_recorded,
+    list_row_arrays,
+    list_text_arrays,
     read_manifest,
-    statistics_file,
+    scales_name,
 )
+from sae_jax.store.quantise import dequantise
+from sae_jax.store.records import read_site_statistics
+from sae_jax.store.statistics import Statistics
+from sae_jax.store.text import Text
 
 Range = tuple[int, int]  # the first row, and how many
 
 
-@dataclasses.dataclass(frozen=True)
-class Statistics:
-    """Of a site's train rows, in float64."""
-
-    rows: int
-    mean_d: np.ndarray
-    mean_norm: float
-    mean_square_norm: float
-
-
 def open_store(path: str | Path) -> "Store":
-    """The store at `path`.
+    """The store at `path`: a folder, or file://, gs:// or s3:// and the like of it.
 
-    Raises FileNotFoundError where there is none, and ValueError (one line, naming
-    the file) for a store that is incomplete, of another version, or lacks a shard.
+    Raises FileNotFoundError where there is none, ValueError (one line, naming the
+    file) for a store that is incomplete, of another version, or lacks a shard, and
+    OSError for a service that does not answer.
     """
-    folder = Path(path)
+    folder = Folder(path)
     manifest = read_manifest(folder)
     if not manifest.complete:
+        done = "its text is not packed"
+        if manifest.is_packed:
+            n_done = len(list_recorded(folder, manifest))
+            done = f"{n_done} of {len(manifest.row_shards)} shards"
         raise ValueError(
-            f"{str(path)!r} is still being written ({manifest.shards_written} of "
-            f"{len(manifest.shards)} shards): run the same sae-jax harvest again to "
-            "finish it"
+            f"{str(folder)!r} is still being written ({done}): run the same sae-jax "
+            "harvest again to finish it"
         )
-    for array in list_arrays(manifest):
-        rows_each = manifest.rows_per_shard // array.shard_length
-        for index, shard in enumerate(manifest.shards):
-            expected = array.shard_bytes(shard["rows"] // rows_each)
-            _check_size(array.shard_file(folder, index), expected)
+    _check_files(folder, manifest)
     return Store(folder, manifest)
 
 
 class Store:
-    """A complete store, open for reading. Use `open_store`."""
+    """A complete store, open for reading. Use `open_store`.
 
-    def __init__(self, path: Path, manifest: Manifest):
-        self.path = path
+    A row's number counts the files of rows as if all were full: those of train come
+    first, so train rows are 0 to `rows("train")`.
+    """
+
+    def __init__(self, folder: Folder, manifest: Manifest):
+        # Absolute, so that a run can be evaluated from any folder.
+        self.path = str(folder.path.absolute()) if folder.is_local else str(folder)
         self.manifest = manifest
-        self._layouts = {array.name: array for array in list_arrays(manifest)}
+        self._folder = folder
+        self._text = Text(folder, manifest)
+        self._shards = manifest.row_shards
+        self._layouts = {array.name: array for array in list_row_arrays(manifest)}
         self._arrays = {
-            name: array.open(path, len(manifest.shards))
+            name: array.open(folder, len(self._shards))
             for name, array in self._layouts.items()
         }
-        self._document_names = _load_names(path / DOCUMENTS, manifest.n_documents)
 
     @property
     def sites(self) -> list[str]:
@@ -75,6 +82,11 @@ class Store:
     def context_length(self) -> int:
         return self.manifest.context_length
 
+    @property
+    def dtype(self) -> str:
+        """Of the rows as they are stored."""
+        return self.manifest.dtype
+
     def site(self, name: str | None = None) -> str:
         """`name` if the store has it; for None the only site there is."""
         if name is None and len(self.sites) == 1:
@@ -82,7 +94,7 @@ class Store:
         if name not in self.sites:
             has = "has no site " + repr(name) if name else "has more than one site"
             raise ValueError(
-                f"{str(self.path)!r} {has}: choose one of {', '.join(self.sites)}"
+                f"{self.path!r} {has}: choose one of {', '.join(self.sites)}"
             )
         return name
 
@@ -95,135 +107,242 @@ class Store:
     def shards(self, split: str) -> list[Range]:
         """The filled rows of each shard of the split."""
         return [
-            (index * self.manifest.rows_per_shard, shard["rows"])
-            for index, shard in enumerate(self.manifest.shards)
-            if shard["split"] == split
+            (index * self.manifest.rows_per_shard, shard.rows)
+            for index, shard in enumerate(self._shards)
+            if shard.split == split
         ]
 
     def chunks(self, split: str) -> list[Range]:
-        """The filled whole chunks of the split; a part of one is left out."""
+        """The chunks of the split, which are all whole."""
         n = self.manifest.rows_per_chunk
         return [
             (start + offset, n)
             for start, rows in self.shards(split)
-            for offset in range(0, rows - n + 1, n)
+            for offset in range(0, rows, n)
         ]
-
-    def read(
-        self, site: str, start: int, stop: int, into: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Rows `start` to `stop`, bfloat16 [stop - start, D], written to `into`."""
-        return self.read_ranges(site, [(start, stop - start)], into)
 
     def read_ranges(
         self, site: str, ranges: Sequence[Range], into: np.ndarray | None = None
     ) -> np.ndarray:
-        """The rows of all ranges, one after the other; all reads run at once."""
-        name = acts_name(self.site(site))
+        """The rows of all ranges, one after the other, bfloat16 [n, D], written to
+        `into` if it is given; all reads run at once."""
         shape = (sum(n for _, n in ranges), self.width(site))
         rows = np.empty(shape, ml_dtypes.bfloat16) if into is None else into
-        if rows.shape != shape or rows.dtype != ml_dtypes.bfloat16:
-            raise ValueError(
-                f"`into` is {rows.dtype} {rows.shape}, not bfloat16 {shape}"
-            )
-        target = ts.array(rows)
-        reads, done = [], 0
-        for shard, start, stop in self._split_by_shard(ranges):
-            part = target[done : done + stop - start].translate_to[0]
-            source = self._arrays[name][start:stop].translate_to[0]
-            reads.append((part.write(source), shard))
-            done += stop - start
-        for read, shard in reads:
-            self._finish(read, name, shard)
+        if self.dtype == "bfloat16":
+            self.read_stored(site, ranges, rows)
+            return rows
+        _check_buffer(rows, shape, ml_dtypes.bfloat16)
+        stored, scales = np.empty(shape, np.int8), np.empty(shape[0], np.float32)
+        self.read_stored(site, ranges, stored, scales)
+        rows[:] = dequantise(stored, scales)
         return rows
 
+    def read_stored(
+        self,
+        site: str,
+        ranges: Sequence[Range],
+        rows: np.ndarray,
+        scales: np.ndarray | None = None,
+    ) -> None:
+        """Fills `rows` [n, D] with what is stored: bfloat16; or int8, and then `scales`
+        [n] float32 with what to multiply each row by."""
+        n, width = sum(n for _, n in ranges), self.width(site)
+        _check_buffer(rows, (n, width), DTYPES[self.dtype])
+        if self.dtype == "int8":
+            assert scales is not None
+            _check_buffer(scales, (n,), np.float32)
+            self._read_into(scales_name(site), ranges, scales)
+        self._read_into(acts_name(site), ranges, rows)
+
+    def read_positions(self, ranges: Sequence[Range]) -> np.ndarray:
+        """The (sequence, position) of the rows of all ranges, int32 [n, 2]."""
+        positions = np.empty((sum(n for _, n in ranges), 2), np.int32)
+        self._read_into("positions", ranges, positions)
+        return positions
+
+    def read_contexts(
+        self, site: str, sequences: Sequence[int] | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of these contexts of one split, bfloat16 [n, T, D], and which of
+        them are rows, bool [n, T]: others, as padding, are zero."""
+        rows_nt, is_row_nt = self.find_rows(sequences)
+        shape = (*is_row_nt.shape, self.width(site))
+        if is_row_nt.all():
+            acts = self.read_ranges(site, _join(rows_nt.ravel()))
+            return acts.reshape(shape), is_row_nt
+        acts = np.zeros(shape, ml_dtypes.bfloat16)
+        acts[is_row_nt] = self.read_ranges(site, _join(rows_nt[is_row_nt]))
+        return acts, is_row_nt
+
+    def find_rows(
+        self, sequences: Sequence[int] | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The number of the row at each position of these contexts, int64 [n, T], and
+        whether there is one, bool [n, T]."""
+        sequences = np.asarray(sequences, np.int64)
+        rows_nt, is_row_nt = self._text.find_rows(sequences)
+        splits = np.array([shard["split"] for shard in self.manifest.text_shards])
+        is_heldout = splits[sequences // self.manifest.contexts_per_shard] == "heldout"
+        n_train = len(self.shards("train")) * self.manifest.rows_per_shard
+        return rows_nt + n_train * is_heldout[:, None], is_row_nt
+
     def sequences(self, split: str) -> np.ndarray:
-        """The indices of the split's sequences, ascending, int64."""
-        t = self.context_length
-        parts = [np.arange(i // t, (i + n) // t) for i, n in self.shards(split)]
-        return np.concatenate([np.empty(0, np.int64), *parts])
+        """The indices of the split's contexts, ascending, int64."""
+        return self._text.sequences(split)
 
     def read_tokens(self, sequences: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The token ids of these sequences, int32 [n, T]."""
-        return self._read_sequences("tokens", np.asarray(sequences, np.int64))
+        """The token ids of these contexts, int32 [n, T]."""
+        return self._text.read("tokens", np.asarray(sequences))
 
     def read_documents(self, sequences: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The document id of every token of these sequences, int32 [n, T]."""
-        return self._read_sequences("documents", np.asarray(sequences, np.int64))
+        """The document id of every token of these contexts, int32 [n, T]; -1 is
+        padding."""
+        return self._text.read("documents", np.asarray(sequences))
 
     def document_name(self, document: int) -> str:
         return self._document_names[document]
 
     def statistics(self, site: str) -> Statistics:
-        file = statistics_file(self.path, self.site(site))
+        return read_site_statistics(self._folder, self.site(site))
+
+    @functools.cached_property
+    def _document_names(self) -> list[str]:
+        return read_document_names(self._folder, self.manifest)
+
+    def _read_into(self, name: str, ranges: Sequence[Range], into: np.ndarray) -> None:
+        n = self._layouts[name].chunk_length
+        starts, counts = np.array(ranges, np.int64).reshape(-1, 2).T
+        self._check_filled(starts, starts + counts)
+        if (starts % n == 0).all() and (counts % n == 0).all():
+            if len(starts):
+                chunks = into.reshape(-1, n, *into.shape[1:])
+                self._read_chunks(name, _count_up(starts // n, counts // n), chunks)
+            return
+        rows = _count_up(starts, counts)
+        chunks, place = np.unique(rows // n, return_inverse=True)
+        read = np.empty((len(chunks), n, *into.shape[1:]), into.dtype)
+        self._read_chunks(name, chunks, read)
+        into[:] = read[place, rows % n]
+
+    def _read_chunks(self, name: str, chunks: np.ndarray, into: np.ndarray) -> None:
+        """Chunks by their numbers: one read of all is the fastest, and within a batch
+        the index of a shard is read once, and not for each chunk."""
+        array = self._arrays[name]
         try:
-            mean_d = np.load(file)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot read {file}: {error}; harvest again") from error
-        return Statistics(mean_d=mean_d, **self.manifest.statistics[site])
+            with ts.Batch() as batch:
+                write = ts.array(into).write(array[chunks], batch=batch)
+            write.result()
+        except (ValueError, OSError):
+            layout = self._layouts[name]
+            shards = chunks * layout.chunk_length // layout.shard_length
+            for shard in np.unique(shards).tolist():  # to name the one that is damaged
+                read = array[chunks[shards == shard]].read()
+                finish_read(read, self._folder, layout.shard_file(shard))
+            raise
 
-    def _split_by_shard(self, ranges: Sequence[Range]) -> list[tuple[int, int, int]]:
-        """(shard, start, stop) of every part of the ranges, checked to be filled."""
-        per_shard, shards = self.manifest.rows_per_shard, self.manifest.shards
-        parts = []
-        for start, n in ranges:
-            stop = start + n
-            while start < stop:
-                shard = start // per_shard
-                end = min(stop, (shard + 1) * per_shard)
-                filled = shards[shard]["rows"] if 0 <= shard < len(shards) else 0
-                if end > shard * per_shard + filled:
-                    raise ValueError(
-                        f"no rows {start} to {end} in {str(self.path)!r}: shard "
-                        f"{shard} of {len(shards)} has {filled} rows"
-                    )
-                parts.append((shard, start, end))
-                start = end
-        return parts
-
-    def _read_sequences(self, name: str, sequences: np.ndarray) -> np.ndarray:
-        self._split_by_shard([(s * self.context_length, 1) for s in sequences.tolist()])
-        tokens = np.empty((len(sequences), self.context_length), np.int32)
-        shards = sequences // self._layouts[name].shard_length
-        reads = [
-            (shards == shard, self._arrays[name][sequences[shards == shard]].read())
-            for shard in np.unique(shards)
-        ]
-        for (inside, read), shard in zip(reads, np.unique(shards), strict=True):
-            tokens[inside] = self._finish(read, name, int(shard))
-        return tokens
-
-    def _finish(self, read: Any, name: str, shard: int) -> Any:
-        try:
-            return read.result()
-        except (ValueError, OSError) as error:
-            file = self._layouts[name].shard_file(self.path, shard)
+    def _check_filled(self, starts: np.ndarray, stops: np.ndarray) -> None:
+        """ValueError unless each of these ranges has rows of one split."""
+        is_filled = np.zeros(len(starts), bool)
+        for split in SPLITS:
+            if shards := self.shards(split):
+                first = shards[0][0]
+                is_filled |= (first <= starts) & (stops <= first + self.rows(split))
+        if not is_filled.all():
+            i = int(np.argmin(is_filled))
+            rows = {split: self.shards(split) for split in SPLITS}
+            has = ", ".join(
+                f"{split} rows {shards[0][0]} to {shards[0][0] + self.rows(split)}"
+                for split, shards in rows.items()
+                if shards
+            )
             raise ValueError(
-                f"damaged shard {file}: {str(error).splitlines()[0]}; restore the "
-                "file or harvest the store again"
-            ) from error
+                f"no rows {starts[i]} to {stops[i]} in {self.path!r}, which has {has}"
+            )
 
 
-def _check_size(file: Path, expected: int) -> None:
+def read_document_names(folder: Folder, manifest: Manifest) -> list[str]:
+    """The names by id; ValueError that names the file."""
+    file = folder.name_file(DOCUMENTS)
     try:
-        size = file.stat().st_size
-    except FileNotFoundError:
-        size = None
-    if size != expected:
-        has = "is missing" if size is None else f"has {size} bytes, not {expected}"
-        raise ValueError(
-            f"damaged store: {file} {has}; restore the file or harvest the store again"
-        )
-
-
-def _load_names(file: Path, n_documents: int) -> list[str]:
-    try:
-        names = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        names = json.loads(folder.read(DOCUMENTS) or b"")
+    except ValueError as error:
         raise ValueError(f"cannot read {file}: {error}; harvest again") from error
-    if len(names) != n_documents:
+    if len(names) != manifest.n_documents:
         raise ValueError(
-            f"{file} has {len(names)} names, the store {n_documents} documents; "
-            "harvest again"
+            f"{file} has {len(names)} names, the store {manifest.n_documents} "
+            "documents; harvest again"
         )
     return names
+
+
+def _check_buffer(buffer: np.ndarray, shape: tuple[int, ...], dtype: object) -> None:
+    if buffer.shape != shape or buffer.dtype != np.dtype(dtype):  # type: ignore
+        raise ValueError(
+            f"the buffer is {buffer.dtype} {buffer.shape}, not "
+            f"{np.dtype(dtype).name} {shape}"  # type: ignore
+        )
+
+
+def _count_up(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The numbers of ranges, one after the other."""
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(counts.sum())
+
+
+def _join(rows: np.ndarray) -> list[Range]:
+    """Ranges of the rows, in their order."""
+    if not len(rows):
+        return []
+    edges = np.flatnonzero(np.diff(rows) != 1) + 1
+    return [(int(run[0]), len(run)) for run in np.split(rows, edges)]
+
+
+def _check_files(folder: Folder, manifest: Manifest) -> None:
+    """ValueError unless each shard's file is there; on a disk, in its full size."""
+    for file, fault in find_bad_files(folder, list_files(manifest)):
+        raise ValueError(
+            f"damaged store: {folder.name_file(file)} {fault}; restore the file or "
+            "harvest the store again"
+        )
+
+
+def find_bad_files(
+    folder: Folder, files: Iterable[tuple[ArrayLayout, int, int]]
+) -> Iterator[tuple[str, str]]:
+    """The name of each file that is not there or, on a disk, not of its full size; and
+    what it is instead."""
+    names = None if folder.is_local else set(folder.list())
+    for array, shard, length in files:
+        file, expected = array.shard_file(shard), array.shard_bytes(length)
+        size = _find_size(folder, file, expected, names)
+        if size is None:
+            yield file, "is missing"
+        elif size != expected:
+            yield file, f"has {size} bytes, not {expected}"
+
+
+def list_files(manifest: Manifest) -> list[tuple[ArrayLayout, int, int]]:
+    """(array, shard, filled length) of every file of every array."""
+    texts = [shard["contexts"] for shard in manifest.text_shards]
+    rows = [shard.rows for shard in manifest.row_shards]
+    return [
+        (array, index, length)
+        for arrays, lengths in (
+            (list_text_arrays(manifest), texts),
+            (list_row_arrays(manifest), rows),
+        )
+        for array in arrays
+        for index, length in enumerate(lengths)
+    ]
+
+
+def _find_size(
+    folder: Folder, file: str, expected: int, names: set[str] | None
+) -> int | None:
+    """A bucket only lists its `names`; what is cut short there is found on reading."""
+    if names is not None:
+        return expected if file in names else None
+    try:
+        return (folder.path / file).stat().st_size
+    except FileNotFoundError:
+        return None

@@ -1,131 +1,101 @@
-"""Writing a store shard by shard, so that a stop at any moment loses one shard at most.
+"""Writing a store, so that a stop at any moment loses one shard at most.
 
-The files of a shard are written whole (tensorstore renames a finished file into
-place) and synced; then a new manifest, which counts the shard, takes the place of the
-old one. What the manifest does not count is written again. The statistics are summed
-in the order of the shards and travel in the manifest, so a harvest that was stopped
-and went on leaves the same bytes as one that was not.
+    writer = StoreWriter(folder, manifest)        # begins, or goes on
+    writer.write_text(blocks, ...)                # unless writer.manifest.is_packed
+    for index in writer.missing_shards():
+        writer.write_shard(index, acts, positions)
+    writer.finish()
+
+First the text, by one process, which fixes the rows of every shard; then the shards of
+rows, of which process p of P writes p, p + P, ... A shard's files are written whole and
+synced, then a record with the sums of its rows for the statistics: a shard without one
+is written again. Whoever finds all records merges them, in the order of the shards, and
+makes the store complete. So a harvest by any number of processes, stopped or not,
+leaves the same bytes.
 """
 
 import contextlib
 import dataclasses
 import errno
-import io
 import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, Self
 
 import numpy as np
 
-from sae_jax.files import (
-    LOCK_FILE,
-    PARTIAL,
-    check_space,
-    lock_folder,
-    refuse_remote,
-    write_whole,
-)
+from sae_jax.files import check_space, lock_folder
+from sae_jax.store import statistics
+from sae_jax.store.begin import choose_manifest
+from sae_jax.store.folder import Folder, is_full_disk, is_unreachable, raise_plainly
 from sae_jax.store.layout import (
     DOCUMENTS,
     MANIFEST,
     ArrayLayout,
     Manifest,
     acts_name,
-    list_arrays,
-    read_manifest,
-    statistics_file,
+    list_recorded,
+    list_row_arrays,
+    list_text_arrays,
+    record_name,
+    scales_name,
+    statistics_name,
 )
+from sae_jax.store.quantise import Stored
+from sae_jax.store.records import merge_records
+from sae_jax.store.text import Contexts, is_row
 
-# A harvest goes on with a store only if these are the same.
-SETTINGS = (
-    "subject",
-    "tokenizer",
-    "corpus",
-    "sites",
-    "context_length",
-    "heldout_every",
-    "max_rows",
-    "seed",
-    "rows_per_shard",
-    "rows_per_chunk",
-    "rows",
-)
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_MOST_TEXT_SHARDS = 2**20  # the array is cut to size when their number is known
 _MB = 10**6
-# In a folder where a new store may begin.
-_OURS = {LOCK_FILE, MANIFEST + PARTIAL}
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """The rows of one shard: acts [n, D] bfloat16 by site, the rest [n / T, T]."""
+class TextBlocks(Protocol):
+    """Contexts to write. When all were taken: the names of the documents, by id, and
+    by split the rows, in whole chunks, and the tokens that are in no context."""
 
-    acts: Mapping[str, np.ndarray]
-    tokens: np.ndarray
-    documents: np.ndarray
+    @property
+    def names(self) -> Sequence[str]: ...
 
+    @property
+    def rows(self) -> dict[str, int]: ...
 
-def read_begun(path: str | Path) -> Manifest | None:
-    """The manifest of the store begun at `path`; None where a new one may begin.
+    @property
+    def dropped_tokens(self) -> dict[str, int]: ...
 
-    Raises ValueError if anything else is there.
-    """
-    refuse_remote(path)
-    folder = Path(path)
-    if (folder / MANIFEST).exists():
-        return read_manifest(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{str(path)!r} is a file: give a new folder")
-    if folder.is_dir():
-        others = {file.name for file in folder.iterdir()} - _OURS
-        if others:
-            raise ValueError(
-                f"{str(path)!r} is not a store and not empty (it has {min(others)!r}): "
-                "give a new folder"
-            )
-    return None
-
-
-def check_same_settings(
-    path: str | Path, begun: Manifest, settings: Mapping[str, Any]
-) -> None:
-    """ValueError, naming the field, if the store was begun with another setting."""
-    for name, value in settings.items():
-        old, new = getattr(begun, name), value
-        if name == "subject":
-            old, new = _drop_name(old), _drop_name(new)
-        if name in SETTINGS and old != new:
-            raise ValueError(
-                f"the store at {str(path)!r} was begun with {name} = {old!r}, this "
-                f"harvest has {new!r}: give another --out, or delete the folder"
-            )
+    def __iter__(self) -> Iterator[Contexts]: ...
 
 
 class StoreWriter:
-    """Begins a store, or goes on with the one at `path`: its next shard is
-    `manifest.shards_written`.
+    """Begins a store, or goes on with the one there; `process` of `n_processes`.
 
-    Nobody else can write there until it is closed: by `close`, `finish` or `with`.
-    Raises ValueError if the store there was begun with other settings, if something
-    else is there or if another process writes it, and OSError (ENOSPC) if the disk
-    cannot hold the rest.
+    Nobody else can write as this process, on a disk, until the writer is closed: by
+    `close`, `finish` or `with`. Raises ValueError if the store there was begun with
+    other settings, if something else is there or if another process has this part.
     """
 
-    def __init__(self, path: str | Path, manifest: Manifest, document_names: list[str]):
-        self.path = Path(path)
-        self.manifest = _choose(path, manifest)
-        self._layouts = list_arrays(self.manifest)
-        cure = "lower --max_rows, or give another --out"
-        check_space(path, self._missing_bytes(), f"the store {str(path)!r}", cure)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = lock_folder(path)
-        self._writes: list[Any] = []
+    def __init__(
+        self,
+        folder: Folder,
+        manifest: Manifest,
+        process: int = 0,
+        n_processes: int = 1,
+    ):
+        self.folder = folder
+        self._part = process, n_processes
+        self._lock = None
+        if folder.is_local:
+            choose_manifest(folder, manifest)  # before anything is made there
+            folder.path.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_folder(folder.path, process)
+        self._pending: tuple[int, list[Any], dict[str, statistics.Sums]] | None = None
+        self._arrays: dict[str, Any] = {}
         try:
             # Again: another process may have written, and ended, since.
-            self.manifest = _choose(path, manifest)
-            self._sums = self.manifest.sums
-            self._begin(document_names)
+            self.manifest = choose_manifest(folder, manifest)
+            self._check_space(self.manifest)
+            if process == 0 and not self.manifest.is_packed:
+                # The manifest first: a folder that has anything in it has a manifest.
+                with self._full_disk_named():
+                    self._replace_manifest()
         except BaseException:
             self.close()
             raise
@@ -139,170 +109,200 @@ class StoreWriter:
     def close(self) -> None:
         """Lets others write. What is not safe yet will be written again."""
         try:
-            for write in self._writes:
+            for write in self._pending[1] if self._pending else ():
                 write.exception()  # waits
         finally:
-            self._writes = []
-            self._lock.close()
+            self._pending = None
+            if self._lock is not None:
+                self._lock.close()
 
-    def write_shard(self, shard: Shard) -> None:
-        """Starts to write the next shard, once the one before it is safe.
+    def write_text(
+        self, blocks: TextBlocks, on_rows: Callable[[int], None] | None = None
+    ) -> None:
+        """Writes the contexts as they come, and then plans the shards of rows.
 
-        The arrays must not change until the next call.
+        `on_rows` is told how many rows were found so far.
+        """
+        manifest = self.manifest
+        shards: list[dict[str, Any]] = []
+        arrays = list_text_arrays(manifest)
+        with self._full_disk_named():
+            for array in arrays:  # of a packing that was stopped
+                for name in self.folder.list(f"{array.name}/"):
+                    self.folder.delete(name)
+            self._open(arrays, _MOST_TEXT_SHARDS)
+            for block in blocks:
+                self._write_block(len(shards), block)
+                is_kept = is_row(block.tokens, block.documents, manifest.excluded_ids)
+                shards.append({
+                    "split": block.split,
+                    "contexts": len(block.tokens),
+                    "rows": int(is_kept.sum()),
+                })
+                if on_rows is not None:
+                    on_rows(sum(shard["rows"] for shard in shards))
+            for array in arrays:
+                self.folder.delete(f"{array.name}/zarr.json")
+            self._open(arrays, len(shards))
+            names = json.dumps(list(blocks.names), indent=0, ensure_ascii=False)
+            self.folder.write(DOCUMENTS, names)
+        found: dict[str, Any] = {
+            "text_shards": shards,
+            "rows": dict(blocks.rows),
+            "n_documents": len(blocks.names),
+            "dropped_tokens": dict(blocks.dropped_tokens),
+            "is_packed": True,
+        }
+        self._check_space(dataclasses.replace(self.manifest, **found))
+        with self._full_disk_named():
+            self._replace_manifest(**found)
+
+    def missing_shards(self) -> list[int]:
+        """This process's shards of rows that are not safe yet."""
+        process, n_processes = self._part
+        recorded = list_recorded(self.folder, self.manifest)
+        shards = range(process, len(self.manifest.row_shards), n_processes)
+        return [shard for shard in shards if shard not in recorded]
+
+    def write_shard(
+        self,
+        index: int,
+        stored: Mapping[str, Stored],
+        positions: np.ndarray,
+    ) -> None:
+        """Starts to write a shard, once the one before it is safe.
+
+        `stored` has the rows of each site and `positions` their (sequence, position),
+        int32 [n, 2]. The arrays must not change until the next call.
         """
         self._commit()
-        index = self.manifest.shards_written
-        start = index * self.manifest.rows_per_shard
-        planned = self.manifest.shards[index]
-        n_sequences, t = shard.tokens.shape
-        if n_sequences * t != planned["rows"]:
+        planned = self.manifest.row_shards[index]
+        if len(positions) != planned.rows:
             raise ValueError(
-                f"shard {index} has {n_sequences * t} rows, not {planned['rows']}"
+                f"shard {index} has {len(positions)} rows, not {planned.rows}"
             )
-        sequences = start // t + np.arange(n_sequences, dtype=np.int32)
-        positions = np.stack(
-            np.broadcast_arrays(sequences[:, None], np.arange(t, dtype=np.int32)), -1
-        )
-        contents = {acts_name(site): acts for site, acts in shard.acts.items()}
-        contents["positions"] = positions.reshape(-1, 2)
-        contents["tokens"] = shard.tokens
-        contents["documents"] = shard.documents
+        contents = {"positions": positions}
+        for site, values in stored.items():
+            contents[acts_name(site)] = values.rows
+            if values.scales is not None:
+                contents[scales_name(site)] = values.scales
+        layouts = list_row_arrays(self.manifest)
         with self._full_disk_named():
-            self._writes = [
+            if "positions" not in self._arrays:
+                self._open(layouts, len(self.manifest.row_shards))
+            writes = [
                 self._start_write(array, index, contents[array.name])
-                for array in self._layouts
+                for array in layouts
             ]
-        self._sums = {
-            site: _add_sums(self.manifest.sums.get(site), site, acts, planned["split"])
-            for site, acts in shard.acts.items()
-        }
+        self._pending = index, writes, {}
+        for site, values in stored.items():  # while the files are written
+            sums = statistics.add_up(
+                values.decode(), positions[:, 1], self.manifest.context_length
+            )
+            _refuse_not_finite(site, sums)
+            self._pending[2][site] = sums
 
-    def finish(self) -> None:
-        """Makes the store complete."""
+    def finish(self) -> bool:
+        """Makes the store complete if every process's shards are safe; else False."""
         self._commit()
-        statistics = {}
+        n_shards = len(self.manifest.row_shards)
+        if len(list_recorded(self.folder, self.manifest)) < n_shards:
+            self.close()
+            return False
+        summary = {}
         with self._full_disk_named():
-            for site, sums in self.manifest.sums.items():
-                rows = max(sums["rows"], 1)  # a store may be wholly held out
-                mean_file = io.BytesIO()
-                np.save(mean_file, np.asarray(sums["rows_d"]) / rows)
-                file = statistics_file(self.path, site)
-                file.parent.mkdir(exist_ok=True)
-                write_whole(file, mean_file.getvalue())
-                statistics[site] = {
-                    "rows": sums["rows"],
-                    "mean_norm": sums["norm"] / rows,
-                    "mean_square_norm": sums["square_norm"] / rows,
+            if not n_shards:
+                self._open(list_row_arrays(self.manifest), 0)
+            for site in self.manifest.sites:
+                sums = merge_records(self.folder, self.manifest, site, range(n_shards))
+                found = statistics.finish(sums)
+                self.folder.write(statistics_name(site), statistics.to_bytes(found))
+                summary[site] = {
+                    "rows": found.rows,
+                    "mean_norm": found.mean_norm,
+                    "mean_square_norm": found.mean_square_norm,
                 }
-            self._replace_manifest(statistics=statistics, sums={}, complete=True)
+            self._replace_manifest(statistics=summary, complete=True)
         self.close()
+        return True
 
-    def _begin(self, document_names: list[str]) -> None:
-        # The manifest first: a folder that has anything in it has a manifest.
-        with self._full_disk_named():
-            self._replace_manifest()
-            names = json.dumps(document_names, indent=0, ensure_ascii=False)
-            write_whole(self.path / DOCUMENTS, names)
-            n_shards = len(self.manifest.shards)
-            self._arrays = {
-                array.name: array.open(self.path, n_shards, create=True)
-                for array in self._layouts
-            }
+    def _check_space(self, manifest: Manifest) -> None:
+        if self.folder.is_local and manifest.is_packed and not manifest.complete:
+            needed = _count_missing_bytes(self.folder, manifest)
+            what = f"the store {str(self.folder)!r}"
+            cure = "lower --max_rows or --max_gb, or give another --out"
+            check_space(self.folder.path, needed, what, cure)
+
+    def _write_block(self, index: int, block: Contexts) -> None:
+        start = index * self.manifest.contexts_per_shard
+        for name, values in (("tokens", block.tokens), ("documents", block.documents)):
+            self._arrays[name][start : start + len(values)].write(values).result()
 
     def _start_write(self, array: ArrayLayout, shard: int, values: np.ndarray) -> Any:
-        # What a stopped harvest left would be read and merged; it may be damaged.
-        array.shard_file(self.path, shard).unlink(missing_ok=True)
+        if len(values) < array.shard_length:
+            # What a stopped harvest left would be read and merged; it may be damaged.
+            self.folder.delete(array.shard_file(shard))
         start = shard * array.shard_length
-        return self._arrays[array.name][start : start + len(values)].write(
-            np.ascontiguousarray(values), can_reference_source_data_indefinitely=True
+        part = array.select(self._arrays[array.name], start, start + len(values))
+        return part.write(
+            array.fill_chunks(values), can_reference_source_data_indefinitely=True
         )
 
     def _commit(self) -> None:
-        if not self._writes:
+        if self._pending is None:
             return
+        index, writes, sums = self._pending
         with self._full_disk_named():
-            for write in self._writes:
+            for write in writes:
                 write.result()
-            self._writes = []
-            n_written = self.manifest.shards_written + 1
-            self._replace_manifest(shards_written=n_written, sums=self._sums)
+            self._pending = None
+            for site, values in sums.items():
+                name = record_name(index, site)
+                self.folder.write(name, statistics.to_bytes(values))
+
+    def _open(self, layouts: Iterable[ArrayLayout], n_shards: int) -> None:
+        for array in layouts:
+            self._arrays[array.name] = array.open(self.folder, n_shards, is_new=True)
 
     def _replace_manifest(self, **changes: Any) -> None:
         manifest = dataclasses.replace(self.manifest, **changes)
         text = json.dumps(dataclasses.asdict(manifest), indent=2)
-        write_whole(self.path / MANIFEST, text + "\n")
+        self.folder.write(MANIFEST, text + "\n")
         self.manifest = manifest
-
-    def _missing_bytes(self) -> int:
-        manifest = self.manifest
-        return sum(
-            array.shard_bytes(
-                shard["rows"] * array.shard_length // manifest.rows_per_shard
-            )
-            for shard in manifest.shards[manifest.shards_written :]
-            for array in self._layouts
-        )
 
     @contextlib.contextmanager
     def _full_disk_named(self) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:
-            if not _is_full_disk(error):
+            if is_unreachable(self.folder, error):
+                raise_plainly(self.folder, error)
+            if not is_full_disk(error):
                 raise
-            manifest = self.manifest
+            missing = "before its text was packed"
+            if self.manifest.is_packed:
+                needed = _count_missing_bytes(self.folder, self.manifest)
+                missing = f"with {-(-needed // _MB)} MB still to write"
             raise OSError(
                 errno.ENOSPC,
-                f"the disk of {str(self.path)!r} is full, with "
-                f"{manifest.shards_written} of {len(manifest.shards)} shards written: "
-                f"free {-(-self._missing_bytes() // _MB)} MB and run the same harvest "
-                "again to go on",
+                f"the disk of {str(self.folder)!r} is full, {missing}: make room and "
+                "run the same harvest again to go on",
             ) from error
 
 
-def _choose(path: str | Path, planned: Manifest) -> Manifest:
-    """The manifest to go on with: that of the store begun there, or the planned."""
-    begun = read_begun(path)
-    if begun is None:
-        return planned
-    check_same_settings(path, begun, dataclasses.asdict(planned))
-    return begun
+def _count_missing_bytes(folder: Folder, manifest: Manifest) -> int:
+    recorded = list_recorded(folder, manifest)
+    return sum(
+        array.shard_bytes(shard.rows)
+        for index, shard in enumerate(manifest.row_shards)
+        if index not in recorded
+        for array in list_row_arrays(manifest)
+    )
 
 
-def _drop_name(subject: Mapping[str, str]) -> dict[str, str]:
-    """What a subject is; its name may be a path."""
-    return {key: value for key, value in subject.items() if key != "name"}
-
-
-def _add_sums(
-    sums: Mapping[str, Any] | None, site: str, acts: np.ndarray, split: str
-) -> dict[str, Any]:
-    """The running sums of a site, with the rows of a train shard added, in float64."""
-    rows_d, norm, square_norm = np.zeros(acts.shape[1]), 0.0, 0.0
-    sums = sums or dict(rows=0, rows_d=rows_d.tolist(), norm=0.0, square_norm=0.0)
-    for start in range(0, len(acts), 1024):  # float64 of the whole is four times it
-        acts_bd = acts[start : start + 1024].astype(np.float64)
-        squares_b = np.einsum("bd,bd->b", acts_bd, acts_bd)
-        rows_d += acts_bd.sum(0)
-        norm += float(np.sqrt(squares_b).sum())
-        square_norm += float(squares_b.sum())
-    if not np.isfinite(square_norm):
+def _refuse_not_finite(site: str, sums: statistics.Sums) -> None:
+    if not statistics.is_finite(sums):
         raise ValueError(
             f"site {site} gave an activation that is infinite or not a number: the "
             "subject's weights or its dtype cannot be right"
         )
-    if split != "train":
-        return dict(sums)
-    return {
-        "rows": sums["rows"] + len(acts),
-        "rows_d": (np.asarray(sums["rows_d"]) + rows_d).tolist(),
-        "norm": sums["norm"] + norm,
-        "square_norm": sums["square_norm"] + square_norm,
-    }
-
-
-def _is_full_disk(error: OSError | ValueError) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in _DISK_FULL
-    # tensorstore gives the number in its text.
-    return any(f"os_error_code='{number}'" in str(error) for number in _DISK_FULL)

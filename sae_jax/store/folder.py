@@ -1,0 +1,184 @@
+"""Where a store lies: a folder on a disk, or below a prefix of a bucket.
+
+    stores/a            a folder; file:///stores/a is the same
+    s3://bucket/a       Amazon S3 and what speaks like it
+    gs://bucket/a       Google Cloud Storage
+
+Files are read and written by tensorstore: whole, and on a disk synced, so that after a
+stop a file has the old contents or the new. For s3:// the usual variables count:
+AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a profile, or the machine's role),
+AWS_REGION, and AWS_ENDPOINT_URL for another service than Amazon's. A service that does
+not answer is tried again for some seconds, and then is an OSError.
+"""
+
+import errno
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tensorstore as ts
+
+_URL = re.compile(r"(file|gs|s3)://(.*)", re.DOTALL)
+# pathlib makes one slash of the two.
+_ANY_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+_RETRIES = {"max_retries": 6, "initial_delay": "250ms", "max_delay": "4s"}
+_UNREACHABLE = ("CURL error", "retry attempts failed", "UNAVAILABLE", "DEADLINE")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Folder:
+    """A folder of whole files; names are relative, with slashes."""
+
+    def __init__(self, url: str | Path):
+        self.url = _normalise(str(url))
+        self.is_local = not self.url.startswith(("gs://", "s3://"))
+        if not self.is_local:
+            # A server that accepts and then says nothing would be waited for for ever.
+            for name, value in {"TIME_SECONDS": "30", "LIMIT_BYTES": "1"}.items():
+                os.environ.setdefault(f"TENSORSTORE_CURL_LOW_SPEED_{name}", value)
+        self._files: ts.KvStore | None = None
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def path(self) -> Path:
+        """Of a folder on a disk."""
+        assert self.is_local
+        return Path(self.url)
+
+    def name_file(self, name: str) -> str:
+        """The file as people know it, for messages."""
+        return f"{self.url.rstrip('/')}/{name}"
+
+    def kvstore(self, name: str = "") -> dict[str, Any]:
+        """tensorstore's spec of the folder `name` below this one."""
+        if self.is_local:
+            path = str(self.path.absolute() / name)
+            return {"driver": "file", "path": path.rstrip("/") + "/"}
+        scheme, rest = self.url.split("://", 1)
+        bucket, _, path = f"{rest.rstrip('/')}/{name}".partition("/")
+        path = path.rstrip("/") + "/" if path.rstrip("/") else ""
+        if scheme == "gs":
+            return {"driver": "gcs", "bucket": bucket, "path": path}
+        return {"driver": "s3", "bucket": bucket, "path": path} | _configure_s3()
+
+    @property
+    def context(self) -> ts.Context:
+        """tensorstore's resources for whatever is read and written here."""
+        if self.is_local:
+            return ts.Context()
+        return ts.Context({
+            "s3_request_retries": _RETRIES,
+            "gcs_request_retries": _RETRIES,
+        })
+
+    def read(self, name: str) -> bytes | None:
+        """The contents of a file; None if there is none."""
+        if self.is_local and not self.path.is_dir():
+            return None
+        result = self._do("read", name)
+        return result.value if result.state == "value" else None
+
+    def write(self, name: str, data: bytes | str) -> None:
+        self._do("write", name, data.encode() if isinstance(data, str) else data)
+
+    def delete(self, name: str) -> None:
+        """Deletes a file, if it is there."""
+        self._do("write", name, None)
+
+    def list(self, prefix: str = "") -> list[str]:
+        """The names of all files that begin with `prefix`, sorted."""
+        if self.is_local and not self.path.is_dir():
+            return []
+        stop = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""
+        names = self._do("list", ts.KvStore.KeyRange(prefix, stop))
+        return sorted(name.decode("utf-8", "replace") for name in names)
+
+    def _do(self, action: str, *arguments: Any) -> Any:
+        try:
+            if self._files is None:
+                spec = self.kvstore()
+                self._files = ts.KvStore.open(spec, context=self.context).result()
+            return getattr(self._files, action)(*arguments).result()
+        except (ValueError, OSError) as error:
+            raise_plainly(self, error)
+
+
+def raise_plainly(folder: Folder, error: Exception) -> NoReturn:
+    """`error` as OSError if the service or the disk is what failed, else as it is."""
+    text = " ".join(str(error).split())
+    if is_full_disk(error):
+        raise OSError(errno.ENOSPC, f"the disk of {str(folder)!r} is full") from error
+    if not folder.is_local and any(sign in text for sign in _UNREACHABLE):
+        raise OSError(
+            errno.EHOSTUNREACH,
+            f"{folder} cannot be reached, after {_RETRIES['max_retries']} tries more "
+            f"({_shorten(text)}): check the network and the service, and run the same "
+            "command again",
+        ) from error
+    if not folder.is_local and ("403" in text or "PERMISSION_DENIED" in text):
+        raise PermissionError(
+            errno.EACCES,
+            f"{folder}: access denied ({_shorten(text)}): check the credentials and "
+            "the rights of the bucket",
+        ) from error
+    if "NoSuchBucket" in text:
+        raise FileNotFoundError(
+            errno.ENOENT, f"{folder}: there is no such bucket: make it, or give another"
+        ) from error
+    raise error
+
+
+def is_unreachable(folder: Folder, error: Exception) -> bool:
+    """Whether a remote service failed, and not the data."""
+    return not folder.is_local and any(sign in str(error) for sign in _UNREACHABLE)
+
+
+def is_full_disk(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _DISK_FULL
+    # tensorstore gives the number in its text.
+    return any(f"os_error_code='{number}'" in str(error) for number in _DISK_FULL)
+
+
+def _normalise(url: str) -> str:
+    found = _ANY_URL.match(url)
+    if found is None:
+        return url
+    if not _URL.match(url) and found[1] in ("file", "gs", "s3"):
+        url = url.replace(":/", "://", 1)  # a Path was made of it
+    match = _URL.match(url)
+    if match is None:
+        raise ValueError(
+            f"{url!r}: stores lie in folders, at file://, gs:// or s3://, not at "
+            f"{found[1]}:"
+        )
+    if match[1] == "file":
+        return match[2] or "/"
+    bucket = match[2].partition("/")[0]
+    if not bucket or ".." in match[2].split("/"):
+        raise ValueError(f"{url!r}: give {match[1]}://BUCKET/FOLDER")
+    return url.rstrip("/")
+
+
+def _configure_s3(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """What the usual AWS variables say."""
+    options: dict[str, Any] = {}
+    endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
+    region = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION")
+    if endpoint:
+        options["endpoint"] = endpoint.rstrip("/")
+        region = region or "us-east-1"
+    if region:
+        options["aws_region"] = region
+    if environ.get("AWS_ACCESS_KEY_ID"):
+        # By name: else every provider is tried, with a complaint from each.
+        options["aws_credentials"] = {"type": "environment"}
+    return options
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 240 else text[:240] + "..."
