@@ -1,6 +1,5 @@
 """The loader: which rows come, in which order, whatever number of processes asks."""
 
-import itertools
 import os
 import socket
 import subprocess
@@ -8,20 +7,24 @@ import sys
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
-from test_store import make_manifest, make_shard, row_ids, write_store
+from test_store import make_blocks, row_ids, write_store
 
 from sae_jax import loader
 from sae_jax.config import DataConfig, MeshConfig
+from sae_jax.loader.windows import Windows
 from sae_jax.mesh import DATA, batch_sharding, make_mesh, single_device_mesh
 
 SITE = "resid_post.0"
-N_CHUNKS = 29  # whole ones; not a multiple of the chunks of all lanes' windows
+N_CHUNKS = 28  # whole ones
 ROWS = {"train": N_CHUNKS * 16 + 8, "heldout": 3 * 16 + 8}
-DATA_CONFIG = DataConfig(batch_rows=32, lanes=4, window_chunks=3)
-STEPS = loader.steps_per_window(16, DATA_CONFIG)
-EPOCH = STEPS * (N_CHUNKS // 12)
+# An epoch of a lane has 7 chunks, which are windows of 2, 2 and 3: 32, 32 and 48 rows,
+# of which steps take 12 each.
+DATA_CONFIG = DataConfig(batch_rows=48, lanes=4, window_chunks=3)
+EPOCH_ROWS = N_CHUNKS * 16
+STEPS = 3 * EPOCH_ROWS // 48 + 5
 
 
 @pytest.fixture(scope="module")
@@ -29,48 +32,52 @@ def store(tmp_path_factory):
     return write_store(tmp_path_factory.mktemp("store"), ROWS)
 
 
-def load(store, start_step, n_steps, seed=0, mesh=None):
+def batches_of(store, start_step, n_steps, seed=0, mesh=None, data=DATA_CONFIG):
+    sources = loader.find_sources(data, [store])
     mesh = mesh or single_device_mesh()
-    batches = loader.train_batches(
-        store, None, DATA_CONFIG, mesh, seed, start_step, n_steps
-    )
-    return [np.asarray(batch) for batch in batches]
+    return loader.train_batches(sources, data, mesh, seed, start_step, n_steps)
 
 
-def load_lanes(store, lanes, n_steps, seed=0):
-    """The batches of a process that has these lanes."""
-    windows = loader.Windows(store, SITE, DATA_CONFIG, seed, lanes)
-    parts = (windows[g] for g in range(-(-n_steps // STEPS)))
-    return list(itertools.islice(itertools.chain.from_iterable(parts), n_steps))
+def load(*args, **kwargs):
+    return [np.asarray(batch) for batch in batches_of(*args, **kwargs)]
 
 
-def test_an_epoch_visits_a_row_at_most_once_and_only_train_rows(store):
-    batches = load(store, 0, EPOCH)
-    assert all(batch.shape == (32, 4) for batch in batches)
-    rows = row_ids(np.concatenate(batches))
-    assert len(set(rows)) == len(rows) == 24 * 16
-    assert set(rows) <= set(range(N_CHUNKS * 16))
+def load_lanes(store, lanes, start, stop, data=DATA_CONFIG):
+    """The rows [lanes, b, D] of each step, in a process that has these lanes."""
+    sources = loader.find_sources(data, [store])
+    steps = loader.load_rows(sources, data, lanes, 0, start, stop)
+    return [rows.rows_vnd.view(ml_dtypes.bfloat16) for rows in steps]
 
 
-def test_lanes_are_disjoint(store):
-    lanes = [
-        set(row_ids(np.concatenate(load_lanes(store, [lane], EPOCH))))
-        for lane in range(4)
-    ]
-    assert all(len(rows) == 6 * 16 for rows in lanes)
-    assert len(set.union(*lanes)) == 24 * 16
+def test_every_row_comes_once_an_epoch(store):
+    """Which is a whole number of neither windows nor steps."""
+    lanes = np.concatenate(load_lanes(store, range(4), 0, STEPS), axis=1)
+    epochs = row_ids(lanes)[:, : 3 * EPOCH_ROWS // 4].reshape(4, 3, -1)
+    for epoch in range(3):
+        assert sorted(epochs[:, epoch].ravel()) == [*range(EPOCH_ROWS)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_batches_are_the_same_for_any_number_of_processes(store, n):
+    """The same bits, each process starting where it likes, within a window or not."""
+    whole = load(store, 0, STEPS)
+    for start in (0, 1, 7, 10, 30):
+        parts = [
+            load_lanes(store, range(p * 4 // n, (p + 1) * 4 // n), start, STEPS)
+            for p in range(n)
+        ]
+        for expected, *shares in zip(whole[start:], *parts, strict=True):
+            assert np.concatenate(shares).tobytes() == expected.tobytes()
 
 
 def test_epochs_and_seeds_differ(store):
-    first, second = load(store, 0, EPOCH), load(store, EPOCH, EPOCH)
-    other = load(store, 0, EPOCH, seed=1)
+    first, second = load(store, 0, 9), load(store, 28, 9)
+    other = load(store, 0, 9, seed=1)
     rows = [set(row_ids(np.concatenate(b))) for b in (first, second, other)]
-    assert all(len(r) == 24 * 16 for r in rows)
     assert rows[0] != rows[1] and rows[0] != rows[2]
-    assert len(rows[0] | rows[1]) > 26 * 16  # chunks that sat out come later
 
 
-@pytest.mark.parametrize("step", [1, STEPS - 1, STEPS, EPOCH + 5, 1000 * EPOCH + 7])
+@pytest.mark.parametrize("step", [1, 9, 10, 29, 9_999_999])
 def test_a_step_is_the_same_from_any_start(store, step):
     before = max(0, step - 7)
     *_, expected = load(store, before, step - before + 1)
@@ -79,51 +86,60 @@ def test_a_step_is_the_same_from_any_start(store, step):
 
 
 def test_n_steps_are_given(store):
-    for start, n in ((0, 0), (0, 1), (3, STEPS), (STEPS, 2 * STEPS + 1)):
+    for start, n in ((0, 0), (0, 1), (3, 3), (5, 30)):
         assert len(load(store, start, n)) == n
 
 
-def test_steps_are_the_same_rows_for_any_number_of_processes(store):
-    n_steps = EPOCH + 5
-    alone = load_lanes(store, range(4), n_steps)
-    for n in (2, 4):
-        parts = [load_lanes(store, range(p, 4, n), n_steps) for p in range(n)]
-        for step, whole in enumerate(alone):
-            rows = np.concatenate([row_ids(part[step]) for part in parts])
-            assert all(len(part[step]) == 32 // n for part in parts)
-            assert sorted(rows) == sorted(row_ids(whole))
+@pytest.mark.parametrize("batch_rows", [4, 44, 448])
+def test_batches_of_any_size(store, batch_rows):
+    """Of some windows, or of many to a window, or of what divides nothing."""
+    data = DataConfig(batch_rows=batch_rows, lanes=4, window_chunks=2)
+    n_steps = 2 * EPOCH_ROWS // batch_rows
+    lanes = np.concatenate(load_lanes(store, range(4), 0, n_steps, data), axis=1)
+    rows = row_ids(lanes)[:, : EPOCH_ROWS // 4]
+    assert sorted(rows.ravel()) == [*range(EPOCH_ROWS)]
 
 
 def test_a_window_mixes_its_chunks(store):
     """Rows of a step come from more chunks than lanes, and not in their order."""
-    for batch in load(store, 0, EPOCH):
-        lanes = row_ids(batch).reshape(4, 8)
+    for batch in load(store, 0, STEPS):
+        lanes = row_ids(batch).reshape(4, 12)
         assert all(len(set(rows // 16)) > 1 for rows in lanes)
         assert all(np.any(np.diff(rows) < 0) for rows in lanes)
-
-
-def test_every_row_of_a_window_is_given(store):
-    windows = loader.Windows(store, SITE, DATA_CONFIG, 0, range(4))
-    rows = np.sort(row_ids(windows[0]).ravel())
-    assert np.all(rows[::16] % 16 == 0) and len(set(rows)) == 4 * 3 * 16
 
 
 @pytest.mark.parametrize("n_data", [1, 2, 8])
 def test_batches_are_placed_over_the_mesh(store, n_data):
     mesh = make_mesh(MeshConfig(data=n_data, latent=8 // n_data))
-    batches = loader.train_batches(store, SITE, DATA_CONFIG, mesh, 0, 2, 3)
+    batches = batches_of(store, 2, 3, mesh=mesh)
     for batch, expected in zip(batches, load(store, 2, 3), strict=True):
         assert isinstance(batch, jax.Array) and batch.dtype == jax.numpy.bfloat16
         assert batch.sharding == batch_sharding(mesh) and mesh.shape[DATA] == n_data
-        assert batch.addressable_shards[0].data.shape == (32 // n_data, 4)
+        assert batch.addressable_shards[0].data.shape == (48 // n_data, 4)
         assert np.asarray(batch).tobytes() == expected.tobytes()
 
 
 def test_batches_outlive_the_buffers(store):
-    kept = list(loader.train_batches(store, SITE, DATA_CONFIG, single_device_mesh(),
-                                     0, 0, 3 * EPOCH))
-    rows = row_ids(np.concatenate([np.asarray(b) for b in kept[:EPOCH]]))
-    assert len(set(rows)) == 24 * 16
+    kept = list(batches_of(store, 0, STEPS))
+    again = load(store, 0, STEPS)
+    assert all(np.asarray(a).tobytes() == b.tobytes() for a, b in zip(kept, again))
+
+
+def test_two_windows_are_held_and_no_more(store):
+    """A third buffer is never asked for: the reader waits until one is free."""
+    (source,) = loader.find_sources(DATA_CONFIG, [store])
+    (order,) = loader.find_orders([source], DATA_CONFIG, 0)
+    windows = Windows(source, order, range(4))
+    first, second = windows[0], windows[1]
+    assert windows._free.empty()
+    assert not np.shares_memory(first.buffer.rows_nd, second.buffer.rows_nd)
+
+
+def test_a_loader_that_is_closed_early_leaves_no_thread_waiting(store):
+    batches = batches_of(store, 0, STEPS)
+    next(batches)
+    batches.close()
+    assert not list(batches)
 
 
 def test_sampled_rows_are_distinct_train_rows(store):
@@ -134,33 +150,43 @@ def test_sampled_rows_are_distinct_train_rows(store):
     np.testing.assert_array_equal(rows, loader.sample_rows(store, None, 100, seed=3))
     assert not np.array_equal(rows, loader.sample_rows(store, None, 100, seed=4))
     everything = row_ids(loader.sample_rows(store, None, 10**6, seed=0))
-    assert sorted(everything) == [*range(ROWS["train"])]
+    assert sorted(everything) == [*range(EPOCH_ROWS)]
 
 
 @pytest.mark.parametrize(
-    "n_chunks, n_processes, settings, message",
+    "n_processes, settings, message",
     [
-        (3, 1, {}, "3 train chunks for data.lanes = 4: lower data.lanes to at most 3"),
-        (11, 1, {}, "window_chunks to at most 2"),
-        (12, 3, {}, "data.lanes = 4 is not a multiple of the 3 processes"),
-        (12, 1, {"batch_rows": 20}, "= 48 rows is not a multiple of .*rows to 16"),
-        (12, 1, {"batch_rows": 256}, "= 48 rows is less than .*most 192, or raise"),
+        (
+            1,
+            {"batch_rows": 58, "lanes": 29},
+            "28 train chunks for data.lanes = 29: lower data.lanes to at most 28",
+        ),
+        (3, {}, "data.lanes = 4 is not a multiple of the 3 processes"),
+        (1, {"batch_rows": 452}, "has 448 train rows in whole chunks, .* the 452 of"),
     ],
 )
-def test_what_cannot_be_loaded_is_refused(n_chunks, n_processes, settings, message):
-    data = DataConfig(**{"batch_rows": 32, "lanes": 4, "window_chunks": 3} | settings)
+def test_what_cannot_be_loaded_is_refused(store, n_processes, settings, message):
+    data = DataConfig(**{"batch_rows": 48, "lanes": 4, "window_chunks": 3} | settings)
+    sources = loader.find_sources(data, [store])
     with pytest.raises(ValueError, match=message) as error:
-        loader.check_loader(n_chunks, 16, data, n_processes)
+        loader.check_loader(sources, data, n_processes)
     assert "\n" not in str(error.value)
-    loader.check_loader(12, 16, DATA_CONFIG, 2)
-    assert loader.n_loading_processes(make_mesh(MeshConfig(data=8)), 32) == 1
+    loader.check_loader(loader.find_sources(DATA_CONFIG, [store]), DATA_CONFIG, 2)
+    assert loader.n_loading_processes(make_mesh(MeshConfig(data=8)), 48) == 1
+
+
+def test_windows_that_do_not_fit_in_memory_are_refused(store, monkeypatch):
+    monkeypatch.setattr(loader.batches, "_available_memory", lambda: 2000)
+    message = "data.window_chunks = 3 take .* GB .*: set data.window_chunks = 1, "
+    with pytest.raises(ValueError, match=message):
+        load(store, 0, 1)
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(store):
     data = DataConfig(batch_rows=12, lanes=4, window_chunks=3)
-    mesh = make_mesh(MeshConfig(data=8))
-    with pytest.raises(ValueError, match="12 rows does not divide by mesh.data = 8"):
-        next(loader.train_batches(store, None, data, mesh, 0, 0, 1))
+    message = "data.batch_rows = 12 does not divide by mesh.data = 8"
+    with pytest.raises(ValueError, match=message):
+        next(batches_of(store, 0, 1, mesh=make_mesh(MeshConfig(data=8)), data=data))
 
 
 _TWO_PROCESSES = """
@@ -179,19 +205,18 @@ from sae_jax.mesh import make_mesh
 from sae_jax.store import open_store
 import test_loader
 store = open_store(path)
-expected = test_loader.load_lanes(store, range(4), test_loader.EPOCH + 5)
+n_steps = test_loader.STEPS
 for n_data in (1, 2, 4):
     mesh = make_mesh(MeshConfig(data=n_data, latent=4 // n_data))
-    ours = int(process) if n_data > 1 else 0
-    assert loader._find_process(mesh, 32) == (ours, min(n_data, 2))
-    assert loader.n_loading_processes(mesh, 32) == min(n_data, 2)
-    batches = loader.train_batches(
-        store, None, test_loader.DATA_CONFIG, mesh, 0, 0, len(expected)
-    )
+    n_processes = min(n_data, 2)
+    ours = range(2 * int(process), 2 * int(process) + 2) if n_data > 1 else range(4)
+    assert loader.find_lanes(mesh, 48, 4) == [*ours]
+    assert loader.n_loading_processes(mesh, 48) == n_processes
+    expected = test_loader.load_lanes(store, range(4), 5, n_steps)
+    batches = test_loader.batches_of(store, 5, n_steps - 5, mesh=mesh)
     for batch, whole in zip(batches, expected, strict=True):
-        rows = test_loader.row_ids(multihost_utils.process_allgather(batch, tiled=True))
-        assert batch.shape == whole.shape and len(set(rows)) == 32
-        assert set(rows) == set(test_loader.row_ids(whole))
+        rows = multihost_utils.process_allgather(batch, tiled=True)
+        assert rows.tobytes() == whole.tobytes()
 jax.distributed.shutdown()
 """
 
@@ -217,18 +242,16 @@ def test_two_processes_load_the_rows_of_one(store):
 
 def test_a_damaged_shard_stops_training_by_name(tmp_path):
     store = write_store(tmp_path, ROWS)
-    file = tmp_path / "acts" / SITE / "c" / "2" / "0"
+    file = tmp_path / "acts" / SITE / "c/2/0/0"
     contents = bytearray(file.read_bytes())
     contents[7] ^= 1
     file.write_bytes(contents)
     with pytest.raises(ValueError, match="damaged shard") as error:
-        load(store, 0, 2 * EPOCH)
+        load(store, 0, STEPS)
     assert str(file) in str(error.value)
 
 
 def test_the_rows_of_the_fixture_tell_their_index():
-    manifest = make_manifest({"train": 70_000}, {SITE: 4}, per_shard=65_536)
-    shard = make_shard(manifest, 1)
-    np.testing.assert_array_equal(
-        row_ids(shard.acts[SITE]), 65_536 + np.arange(70_000 - 65_536)
-    )
+    blocks = make_blocks({"train": 70_000}, {SITE: 4})
+    rows = np.concatenate([acts[SITE] for _, acts, *_ in blocks])
+    np.testing.assert_array_equal(row_ids(rows), np.arange(70_000))

@@ -1,0 +1,121 @@
+"""What training asks for its rows: of stores here, of a subject in `sae_jax.stream`."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Generator, Sequence
+from typing import Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sae_jax.config import DataConfig
+from sae_jax.loader.batches import check_loader, find_orders, train_batches
+from sae_jax.loader.mixing import choose_window_chunks, describe_mixing
+from sae_jax.loader.place import n_loading_processes
+from sae_jax.loader.sources import (
+    find_sources,
+    list_stores,
+    mix_statistics,
+    sample_sources,
+)
+from sae_jax.store import Statistics, Store, open_store
+
+
+class Feed(Protocol):
+    """Where the rows of a run come from.
+
+    `data` is the run's config with every field that was left open, `site` where its
+    rows were read, `width` D, and `identity` a hash of what the rows are made of.
+    """
+
+    data: DataConfig
+    site: str
+    width: int
+
+    @property
+    def identity(self) -> str: ...
+
+    def __str__(self) -> str: ...
+
+    def describe(self) -> str:
+        """How batches are mixed, one line."""
+
+    def statistics(self) -> Statistics:
+        """Of all its rows."""
+
+    def sample(self, n_rows: int, seed: int) -> np.ndarray:
+        """Some of its rows, float32 [n, D]."""
+
+    def batches(
+        self, start_step: int, n_steps: int
+    ) -> Generator[jax.Array, None, None]:
+        """The batches [B, D] bfloat16 of these steps, over the mesh's data axis."""
+
+
+class StoreFeed:
+    """Batches from the stores that `data.store` names; a `Feed`.
+
+    Raises FileNotFoundError or ValueError, one line, for stores that are not there, do
+    not fit each other, or cannot fill batches.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        mesh: Mesh,
+        seed: int,
+        stores: Sequence[Store] | None = None,
+    ):
+        if stores is None:
+            if not data.store:
+                raise ValueError(
+                    "data.store is not set: give the folder of a store, or a "
+                    "stream.subject to read without one"
+                )
+            stores = [open_store(path) for path in list_stores(data)]
+        self._mesh, self._seed = mesh, seed
+        self._sources = find_sources(data, stores)
+        check_loader(self._sources, data, n_loading_processes(mesh, data.batch_rows))
+        first = self._sources[0]
+        self.width = first.store.width(first.site)
+        sites = [source.site for source in self._sources]
+        if len(stores) == len(sites) and len(set(sites)) == 1:
+            sites = sites[:1]
+        self.site = ",".join(sites)
+        self.data = dataclasses.replace(
+            data,
+            site=self.site,
+            store=",".join(store.path for store in stores),
+            window_chunks=choose_window_chunks(self._sources, data),
+        )
+        self.identity = ",".join(_identify(store) for store in stores)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self._sources))
+
+    def describe(self) -> str:
+        orders = find_orders(self._sources, self.data, self._seed)
+        return describe_mixing(self._sources, self.data, orders)
+
+    def statistics(self) -> Statistics:
+        return mix_statistics(self._sources)
+
+    def sample(self, n_rows: int, seed: int) -> np.ndarray:
+        return sample_sources(self._sources, n_rows, seed)
+
+    def batches(
+        self, start_step: int, n_steps: int
+    ) -> Generator[jax.Array, None, None]:
+        return train_batches(
+            self._sources, self.data, self._mesh, self._seed, start_step, n_steps
+        )
+
+
+def _identify(store: Store) -> str:
+    """A hash of what the manifest says, less the path that the subject was read at."""
+    values = dataclasses.asdict(store.manifest)
+    values["subject"] = store.manifest.subject["identity"]
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,171 @@
+"""Several stores and sites in one stream of rows, and stores of int8."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from test_store import row_ids, write_store
+
+from sae_jax import loader
+from sae_jax.config import DataConfig, MeshConfig
+from sae_jax.mesh import make_mesh, single_device_mesh
+
+SITES = {"resid_post.0": 4, "mlp_act.1": 6, "resid_post.2": 4}
+SITE = "resid_post.0"
+TRAIN = {"a": 12 * 16, "b": 20 * 16}  # rows
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stores")
+    return [
+        write_store(folder / name, {"train": rows, "heldout": 16}, SITES)
+        for name, rows in TRAIN.items()
+    ]
+
+
+def make_data(**settings):
+    return DataConfig(**{"batch_rows": 32, "lanes": 8, "window_chunks": 2} | settings)
+
+
+def load(sources, data, n_steps, start=0, mesh=None):
+    mesh = mesh or single_device_mesh()
+    batches = loader.train_batches(sources, data, mesh, 0, start, n_steps)
+    return [np.asarray(batch) for batch in batches]
+
+
+def test_each_source_fills_its_lanes_and_has_epochs_of_its_own(stores):
+    data = make_data(site=SITE, weights=(0.25, 0.75))
+    sources = loader.find_sources(data, stores)
+    assert [source.lanes for source in sources] == [range(0, 2), range(2, 8)]
+    lanes = np.stack(load(sources, data, 60)).reshape(60, 8, 4, 4)
+    for source, n_rows in zip(sources, TRAIN.values(), strict=True):
+        own = lanes[:, source.lanes].swapaxes(0, 1).reshape(len(source.lanes), -1, 4)
+        alone = make_data(site=SITE, lanes=1, batch_rows=4)
+        expected = {row.tobytes() for row in load(
+            loader.find_sources(alone, [source.store]), alone, n_rows // 4
+        ) for row in row}
+        assert {row.tobytes() for lane in own for row in lane} <= expected
+        if n_rows % len(source.lanes) == 0:
+            first = row_ids(own[:, : n_rows // len(source.lanes)])
+            assert sorted(first.ravel()) == [*range(n_rows)]
+
+
+def test_sites_of_one_store_are_sources_too(stores):
+    data = make_data(site="resid_post.0, resid_post.2")
+    sources = loader.find_sources(data, stores[:1])
+    assert [source.site for source in sources] == ["resid_post.0", "resid_post.2"]
+    assert all(len(source.lanes) == 4 for source in sources)
+    (batch,) = load(sources, data, 1)
+    first, second = row_ids(batch).reshape(2, 16)
+    assert not np.array_equal(first, second)  # each has an order of its own
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_sources_are_the_same_for_any_number_of_processes(stores, n):
+    data = make_data(site=SITE, weights=(3, 5))
+    sources = loader.find_sources(data, stores)
+    whole = load(sources, data, 9, start=11)
+    parts = [
+        loader.load_rows(sources, data, range(p * 8 // n, (p + 1) * 8 // n), 0, 11, 20)
+        for p in range(n)
+    ]
+    for expected, *shares in zip(whole, *parts, strict=True):
+        rows = np.concatenate([rows.rows_vnd for rows in shares])
+        assert rows.tobytes() == expected.tobytes()
+
+
+def test_statistics_are_weighted_by_lanes(stores):
+    data = make_data(site=SITE, weights=(1, 3))
+    mixed = loader.mix_statistics(loader.find_sources(data, stores))
+    first, second = (store.statistics(SITE) for store in stores)
+    np.testing.assert_allclose(mixed.mean_d, 0.25 * first.mean_d + 0.75 * second.mean_d)
+    for name in ("mean_norm", "mean_square_norm"):
+        expected = 0.25 * getattr(first, name) + 0.75 * getattr(second, name)
+        assert getattr(mixed, name) == pytest.approx(expected)
+    assert mixed.rows == sum(TRAIN.values())
+    alone = loader.find_sources(make_data(site=SITE), stores[:1])
+    assert loader.mix_statistics(alone).mean_norm == first.mean_norm
+
+
+def test_samples_are_shared_out_as_lanes_are(stores):
+    data = make_data(site=SITE, weights=(1, 3))
+    sources = loader.find_sources(data, stores)
+    rows = row_ids(loader.sample_sources(sources, 100, seed=0))
+    assert len(rows) == 100 and len(set(rows[:25])) == 25 and len(set(rows[25:])) == 75
+
+
+@pytest.mark.parametrize(
+    "n_stores, settings, message",
+    [
+        (2, dict(site=SITE, weights=(1.0,)), r"\(1.0,\) are 1 for 2 sources"),
+        (
+            2,
+            dict(site=SITE, weights=(0.3, 0.7), batch_rows=40),
+            "take 2.4, 5.6 of data.lanes = 8, not whole lanes: give data.lanes = 10",
+        ),
+        (
+            2,
+            dict(site=SITE, weights=(0.3, 0.7)),
+            "no data.lanes that divides data.batch_rows = 32 does",
+        ),
+        (2, dict(site="a.0,b.0,c.0"), "names 2 stores and data.site 3 sites"),
+        (1, dict(site="resid_post.0,mlp_act.1"), "is 4 wide, mlp_act.1 of .* is 6"),
+        (1, dict(site="resid_post.0,resid_post.9"), "no site 'resid_post.9'"),
+        (2, {}, "more than one site"),
+    ],
+)
+def test_sources_that_do_not_fit_are_refused(stores, n_stores, settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        loader.find_sources(make_data(**settings), stores[:n_stores])
+    assert "\n" not in str(error.value)
+
+
+def test_thirds_need_not_be_exact(stores):
+    data = make_data(site=SITE, lanes=3, batch_rows=33, weights=(0.333, 0.667))
+    sources = loader.find_sources(data, stores)
+    assert [len(source.lanes) for source in sources] == [1, 2]
+
+
+def test_weights_are_checked():
+    with pytest.raises(ValueError, match=r"data.weights = \(0.0, 1.0\): must be above"):
+        make_data(weights=(0, 1))
+    with pytest.raises(ValueError, match="weights = 'x' is not a tuple of numbers"):
+        make_data(weights="x")
+
+
+class Int8:
+    """A store of int8: rows that tell their number, and a scale of each."""
+
+    dtype = "int8"
+
+    def __init__(self, store):
+        self._store = store
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def read_stored(self, site, ranges, rows_into, scales_into=None):
+        rows = np.concatenate([np.arange(start, start + n) for start, n in ranges])
+        rows_into[:] = (rows[:, None] + np.arange(4)) % 256 - 128
+        scales_into[:] = 0.37 + rows / 7
+
+
+@pytest.mark.parametrize("n_data", [1, 4])
+def test_int8_becomes_bfloat16_on_the_devices(stores, n_data):
+    data = make_data(site=SITE)
+    sources = loader.find_sources(data, [Int8(stores[0])])
+    mesh = make_mesh(MeshConfig(data=n_data, latent=2))
+    (order,) = loader.find_orders(sources, data, 0)
+    for step, batch in enumerate(load(sources, data, 8, mesh=mesh)):
+        rows = np.concatenate([order.step_rows(step, 4, lane) for lane in range(8)])
+        values = (rows[:, None] + np.arange(4)) % 256 - 128
+        scales = (0.37 + rows / 7).astype(np.float32)
+        expected = values.astype(np.float32) * scales[:, None]
+        assert batch.dtype == ml_dtypes.bfloat16
+        assert batch.tobytes() == expected.astype(ml_dtypes.bfloat16).tobytes()
+
+
+def test_stores_of_two_dtypes_are_refused(stores):
+    data = make_data(site=SITE)
+    with pytest.raises(ValueError, match="is bfloat16, .* is int8: harvest both"):
+        loader.find_sources(data, [stores[0], Int8(stores[1])])
