@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from sae_jax.config import SaeConfig, TrainConfig
-from sae_jax.loader import sample_rows
+from sae_jax.loader import StoreFeed, sample_rows
 from sae_jax.mesh import single_device_mesh
 from sae_jax.normalize import Normalization
 from sae_jax.saes import Sae
@@ -68,7 +68,8 @@ def random_dictionary(
 
 def untrained(config: TrainConfig, store: Store, mesh: Mesh | None = None) -> Sae:
     """The SAE that training with this config starts from."""
-    setup = validate(config, mesh or single_device_mesh(), store)
+    mesh = mesh or single_device_mesh()
+    setup = validate(config, mesh, StoreFeed(config.data, mesh, config.seed, [store]))
     rows_bd = sample_rows(store, setup.site, _SAMPLE_ROWS, config.seed)
     return jax.jit(setup.sae)(create(setup, jnp.asarray(rows_bd)).params)
 

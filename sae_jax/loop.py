@@ -14,24 +14,26 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from sae_jax import checkpoint, files, interrupt, loader, optim, state
+from sae_jax import checkpoint, files, interrupt, optim, state
 from sae_jax import config as configs
 from sae_jax import mesh as meshes
 from sae_jax.checkpoint import Checkpoints, Meta
 from sae_jax.config import TrainConfig
+from sae_jax.loader import Feed, StoreFeed
 from sae_jax.progress import Progress
 from sae_jax.resample import Resampling
 from sae_jax.run import CONFIG_FILE, METRICS_FILE
 from sae_jax.saes.topk import plan_choice
 from sae_jax.state import Setup, TrainState
 from sae_jax.step import Metrics, make_step, validate
-from sae_jax.store import Store, open_store
+from sae_jax.stream import Stream
 from sae_jax.topk import Choice
 from sae_jax.writers import JsonLinesWriter, TensorBoardWriter, Writer, Writers
 
@@ -95,9 +97,9 @@ def train(
     config = configs.checked(config)
     files.refuse_remote(workdir)
     workdir = Path(workdir)
-    store = _open_store(config)
     mesh = meshes.make_mesh(config.mesh, config.sae.n_latents)
-    setup = validate(config, mesh, store)
+    feed = _open_feed(config, mesh, workdir)
+    setup = validate(config, mesh, feed)
     profile = _Profile(workdir / "profile", profile_steps, config.n_steps)
     checkpoint.check_space(workdir, setup)
 
@@ -106,14 +108,15 @@ def train(
         stack.enter_context(files.lock_folder(workdir))
         checkpoints = Checkpoints(workdir, config.checkpoints_kept)
         stack.callback(checkpoints.close)
-        start, train_state = _start_or_resume(setup, store, checkpoints)
+        start, train_state = _start_or_resume(setup, feed, checkpoints)
         files.write_whole(workdir / CONFIG_FILE, configs.to_json(setup.config))
-        print(_describe(config, setup, start), file=sys.stderr)
+        print(_describe(config, setup, feed, start), file=sys.stderr)
         writers = _open_writers(workdir, start, writer)
         stack.callback(writers.close)
         stack.callback(profile.close)
-        batches = stack.enter_context(contextlib.closing(_load(setup, store, start)))
-        resampling = Resampling(setup, store)
+        batches = feed.batches(start, config.n_steps - start)
+        stack.callback(batches.close)
+        resampling = Resampling(setup, feed)
         return _run(
             setup,
             train_state,
@@ -130,7 +133,7 @@ def _run(
     setup: Setup,
     train_state: TrainState,
     start: int,
-    batches: Iterator[jax.Array],
+    batches: Generator[jax.Array, None, None],
     resampling: Resampling,
     checkpoints: Checkpoints,
     writers: Writer,
@@ -254,13 +257,13 @@ class _Profile:
             jax.profiler.stop_trace()
 
 
-def _describe(config: TrainConfig, setup: Setup, start: int) -> str:
+def _describe(config: TrainConfig, setup: Setup, feed: Feed, start: int) -> str:
     """What is trained, on what, where and for how long; below it what else is set."""
     shape, sparsity = setup.mesh.shape, configs.sparsity(config.sae)
     first = (
         f"{config.sae.architecture}, {config.sae.n_latents:,} latents, "
         f"{', '.join(f'{name} {value:g}' for name, value in sparsity.items())}, "
-        f"{setup.site} of {setup.config.data.store}, "
+        f"{feed}, "
         f"mesh {shape[meshes.DATA]} x {shape[meshes.LATENT]} "
         f"(data x latent), from step {start:,} to {config.n_steps:,} of "
         f"{config.data.batch_rows:,} rows each"
@@ -275,7 +278,8 @@ def _describe(config: TrainConfig, setup: Setup, start: int) -> str:
     )
     changed = [f"{name} = {value!r}" for name, value in configs.changed(config).items()]
     further = ", ".join(text for text in changed if not text.startswith(told))
-    return f"train: {first}" + (f"\ntrain: {further}" if further else "")
+    lines = [first, feed.describe(), *([further] if further else [])]
+    return "\n".join(f"train: {line}" for line in lines)
 
 
 def _tell(choice: Choice) -> str:
@@ -287,30 +291,19 @@ def _tell(choice: Choice) -> str:
     return "by sorting"
 
 
-def _open_store(config: TrainConfig) -> Store:
-    if not config.data.store:
-        raise ValueError("data.store is not set: give the folder of a store")
-    return open_store(config.data.store)
-
-
-def _load(
-    setup: Setup, store: Store, start: int
-) -> Generator[jax.Array, None, None]:
-    """The batches of the steps that are left."""
-    config = setup.config
-    n_steps = config.n_steps - start
-    yield from loader.train_batches(
-        store, setup.site, config.data, setup.mesh, config.seed, start, n_steps
-    )
+def _open_feed(config: TrainConfig, mesh: Mesh, workdir: Path) -> Feed:
+    if config.stream.subject:
+        return Stream(config, mesh, workdir)
+    return StoreFeed(config.data, mesh, config.seed)
 
 
 def _start_or_resume(
-    setup: Setup, store: Store, checkpoints: Checkpoints
+    setup: Setup, feed: Feed, checkpoints: Checkpoints
 ) -> tuple[int, TrainState]:
     """The number of steps done, and the state after them."""
     step = checkpoints.latest_step
     if step is None:
-        sample = loader.sample_rows(store, setup.site, _SAMPLE_ROWS, setup.config.seed)
+        sample = feed.sample(_SAMPLE_ROWS, setup.config.seed)
         return 0, state.create(setup, jnp.asarray(sample))
     path = checkpoints.directory / str(step)
     _refuse_another_run(checkpoints.meta(step), setup, path)

@@ -15,7 +15,7 @@ from sae_jax.evaluation import REPORT_FILE, evaluate_run
 from sae_jax.harvest import harvest
 from sae_jax.loop import train
 from sae_jax.subjects import load_subject
-from sae_jax.text import read_standard_library
+from sae_jax.text import standard_library
 
 FOLDER = "quickstart"
 SITE = "resid_post.3"
@@ -27,7 +27,7 @@ def get_config(store: str | Path = f"{FOLDER}/store") -> TrainConfig:
     return TrainConfig(
         sae=SaeConfig(n_latents=4096, k=32),
         optimizer=OptimizerConfig(learning_rate=3e-3, ema_decay=0.98),
-        data=DataConfig(store=str(store), batch_rows=2048, lanes=8, window_chunks=8),
+        data=DataConfig(store=str(store), batch_rows=2048),
         rows=800_000,
         dead_after_rows=20_000,
         log_every_steps=5,
@@ -40,7 +40,7 @@ def quickstart(folder: str | Path = FOLDER) -> Path:
     folder = Path(folder)
     harvest(
         load_subject(),
-        read_standard_library(),
+        standard_library(),
         folder / "store",
         [SITE],
         max_rows=MAX_ROWS,

@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sae_jax import loader, optim
+from sae_jax import optim
 from sae_jax import state as states
+from sae_jax.loader import Feed
 from sae_jax.mesh import is_spread
 from sae_jax.state import Setup, TrainState
-from sae_jax.store import Store
 
 ROWS = 8192  # to draw from; the source takes 819,200
 
@@ -32,8 +32,8 @@ _ENCODER_NORM = 0.2
 class Resampling:
     """Resamples a run now and then, where its config asks for it."""
 
-    def __init__(self, setup: Setup, store: Store):
-        self._setup, self._store = setup, store
+    def __init__(self, setup: Setup, feed: Feed):
+        self._setup, self._feed = setup, feed
         self._resample = make_resample(setup)
 
     def after(self, step: int, state: TrainState) -> TrainState:
@@ -46,7 +46,7 @@ class Resampling:
         if rest or n_done > config.n_resamples or is_last:
             return state
         seed = config.seed + step
-        rows_bd = loader.sample_rows(self._store, self._setup.site, ROWS, seed)
+        rows_bd = self._feed.sample(ROWS, seed)
         return self._resample(state, jnp.asarray(rows_bd), jax.random.key(seed))
 
 

@@ -2,15 +2,13 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from sae_jax import firing, loader, normalize, optim
+from sae_jax import firing, normalize, optim
 from sae_jax import state as states
 from sae_jax.config import (
     CHOOSE_K,
@@ -22,27 +20,26 @@ from sae_jax.config import (
     subtracts_b_dec,
 )
 from sae_jax.gradients import differentiate
+from sae_jax.loader import Feed
 from sae_jax.mesh import DATA, LATENT, param_spec
 from sae_jax.saes.topk import plan_choice
 from sae_jax.state import Setup, TrainState
-from sae_jax.store import Store
 
 Metrics = dict[str, jax.Array]
 
 
-def validate(config: TrainConfig, mesh: Mesh, store: Store) -> Setup:
-    """Checks the run against its mesh and its store, and sets every derived field.
+def validate(config: TrainConfig, mesh: Mesh, feed: Feed) -> Setup:
+    """Checks the run against its mesh and its rows, and sets every derived field.
 
     Raises:
         ValueError: one line that names the field, both numbers and the cure.
     """
     config = checked(config)
-    site = store.site(config.data.site)
-    d_model = store.width(site)
+    d_model = feed.width
     if config.sae.d_model not in (None, d_model):
         raise ValueError(
-            f"sae.d_model = {config.sae.d_model}, but {site} of {store.path} is "
-            f"{d_model} wide: leave sae.d_model unset to take the store's"
+            f"sae.d_model = {config.sae.d_model}, but {feed} is {d_model} wide: leave "
+            "sae.d_model unset to take that"
         )
     _check_divides("sae.n_latents", config.sae.n_latents, mesh, LATENT)
     _check_divides("data.batch_rows", config.data.batch_rows, mesh, DATA)
@@ -52,17 +49,6 @@ def validate(config: TrainConfig, mesh: Mesh, store: Store) -> Setup:
         # Refuses a choice that would find too few of the K largest.
         plan_choice(config.sae, mesh, most_chosen(config.sae))
         _check_exchange(config.sae, mesh)
-    if store.rows("train") == 0:
-        raise ValueError(
-            f"{store.path} has no train rows, only {store.rows('heldout')} held-out "
-            "rows, which training refuses: harvest with a larger heldout_every"
-        )
-    loader.check_loader(
-        len(store.chunks("train")),
-        store.manifest.rows_per_chunk,
-        config.data,
-        loader.n_loading_processes(mesh, config.data.batch_rows),
-    )
     has_auxk = config.sae.architecture in CHOOSE_K
     sae = dataclasses.replace(
         config.sae,
@@ -70,17 +56,12 @@ def validate(config: TrainConfig, mesh: Mesh, store: Store) -> Setup:
         subtract_b_dec=subtracts_b_dec(config.sae),
         k_aux=k_aux(config.sae, d_model) if has_auxk else None,
     )
-    # Absolute, so that a run can be evaluated from any folder.
-    path = str(store.path.absolute())
-    data = dataclasses.replace(config.data, site=site, store=path)
     return Setup(
-        config=dataclasses.replace(config, sae=sae, data=data),
-        normalization=normalize.fit(
-            sae.normalization, store.statistics(site), d_model
-        ),
+        config=dataclasses.replace(config, sae=sae, data=feed.data),
+        normalization=normalize.fit(sae.normalization, feed.statistics(), d_model),
         mesh=mesh,
-        site=site,
-        store_identity=_identify(store),
+        site=feed.site,
+        store_identity=feed.identity,
     )
 
 
@@ -126,14 +107,6 @@ def _place_update(setup: Setup) -> Callable[..., tuple[optim.Optimized, Metrics]
         in_specs=(placed, specs, PartitionSpec()),
         out_specs=(placed, PartitionSpec()),
     )
-
-
-def _identify(store: Store) -> str:
-    """A hash of what the manifest says, less the path that the subject was read at."""
-    values = dataclasses.asdict(store.manifest)
-    values["subject"] = store.manifest.subject["identity"]
-    text = json.dumps(values, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _check_exchange(config: SaeConfig, mesh: Mesh) -> None:

@@ -4,9 +4,14 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import stores
+from jax.sharding import Mesh
 
 from sae_jax.config import DataConfig, OptimizerConfig, SaeConfig, TrainConfig
-from sae_jax.store import Manifest, Shard, StoreWriter
+from sae_jax.loader import StoreFeed
+from sae_jax.state import Setup
+from sae_jax.step import validate
+from sae_jax.store import Store
 from sae_jax.writers import MemoryWriter
 
 D_MODEL, N_FEATURES, CONTEXT = 16, 48, 16
@@ -30,33 +35,16 @@ def write_store(
     path: Path, train_shards: int = 6, heldout_shards: int = 2, finish: bool = True
 ) -> Path:
     """Writes a store of `sample_rows`, train shards before held-out ones."""
-    splits = ["train"] * train_shards + ["heldout"] * heldout_shards
-    rows = {"train": train_shards * ROWS_PER_SHARD}
-    rows["heldout"] = heldout_shards * ROWS_PER_SHARD
-    manifest = Manifest(
-        subject={"name": "planted", "identity": "0"},
-        tokenizer="0",
-        corpus="0",
-        sites={SITE: D_MODEL},
-        context_length=CONTEXT,
-        heldout_every=5,
-        max_rows=None,
-        seed=0,
-        rows_per_shard=ROWS_PER_SHARD,
-        rows_per_chunk=ROWS_PER_CHUNK,
-        n_documents=1,
-        rows=rows,
-        dropped_tokens={"train": 0, "heldout": 0},
-        shards=[{"split": split, "rows": ROWS_PER_SHARD} for split in splits],
+    manifest = stores.make_manifest(
+        {SITE: D_MODEL}, CONTEXT, ROWS_PER_SHARD, ROWS_PER_CHUNK
     )
-    writer = StoreWriter(path, manifest, ["planted"])
+    splits = ["train"] * train_shards + ["heldout"] * heldout_shards
     tokens = np.zeros((ROWS_PER_SHARD // CONTEXT, CONTEXT), np.int32)
-    for index in range(len(splits)):
+    blocks = []
+    for index, split in enumerate(splits):
         acts = sample_rows(ROWS_PER_SHARD, seed=index).astype(ml_dtypes.bfloat16)
-        writer.write_shard(Shard(acts={SITE: acts}, tokens=tokens, documents=tokens))
-    if finish:
-        writer.finish()
-    return path
+        blocks.append((split, {SITE: acts}, tokens, tokens))
+    return stores.write(path, manifest, blocks, ["planted"], finish)
 
 
 def make_config(store: Path | str = "", **fields) -> TrainConfig:
@@ -71,6 +59,11 @@ def make_config(store: Path | str = "", **fields) -> TrainConfig:
         checkpoint_every_steps=8,
     )
     return TrainConfig(**(defaults | fields))
+
+
+def make_setup(config: TrainConfig, mesh: Mesh, store: Store) -> Setup:
+    """The run of this config over a store."""
+    return validate(config, mesh, StoreFeed(config.data, mesh, config.seed, [store]))
 
 
 class Killed(Exception):

@@ -12,7 +12,6 @@ from sae_jax import checkpoint, run, state
 from sae_jax.checkpoint import Checkpoints
 from sae_jax.config import MeshConfig
 from sae_jax.mesh import make_mesh
-from sae_jax.step import validate
 from sae_jax.store import open_store
 
 
@@ -32,7 +31,8 @@ def saved(planted_store, tmp_path_factory):
 
 def _setup(planted_store, shape):
     mesh = make_mesh(MeshConfig(*shape))
-    return validate(synthetic.make_config(), mesh, open_store(planted_store))
+    store = open_store(planted_store)
+    return synthetic.make_setup(synthetic.make_config(), mesh, store)
 
 
 def test_a_state_is_restored_onto_any_mesh(mesh, saved, planted_store):

@@ -23,8 +23,8 @@ from sae_jax.config import (
     SaeConfig,
     TrainConfig,
 )
+from sae_jax.loader import StoreFeed
 from sae_jax.mesh import make_mesh
-from sae_jax.step import validate
 from sae_jax.store import open_store
 
 ONE = MeshConfig(1, 1)
@@ -66,7 +66,7 @@ def test_a_run_tells_what_it_is_and_what_else_is_set(planted_store, tmp_path, ca
     config = synthetic.make_config(planted_store, **start, **annealing, sae=sae)
     config.data.microbatch_rows = 32
     loop.train(config, tmp_path)
-    first, further = capsys.readouterr().err.splitlines()[:2]
+    first, _, further = capsys.readouterr().err.splitlines()[:3]
     assert first.startswith("train: topk, 128 latents, k 3, resid_post.3 of ")
     assert "from step 0 to 1 of 64 rows each" in first
     assert first.endswith("100.00% of the 3 largest expected by sorting")
@@ -81,10 +81,12 @@ def test_a_penalised_run_names_its_penalty(planted_store):
     penalty = dict(sparsity_coefficient=0.5, target_l0=4.0)
     sae = SaeConfig(architecture="jumprelu", n_latents=128, **penalty)
     config = TrainConfig(sae, data=DataConfig(store=str(planted_store), lanes=4))
-    setup = validate(config, make_mesh(ONE), open_store(planted_store))
-    text = loop._describe(config, setup, 7)
+    setup = synthetic.make_setup(config, make_mesh(ONE), open_store(planted_store))
+    feed = StoreFeed(config.data, setup.mesh, 0)
+    text = loop._describe(config, setup, feed, 7)
     assert "jumprelu, 128 latents, sparsity_coefficient 0.5, target_l0 4, " in text
-    assert "from step 7 to " in text and "\n" not in text
+    first, mixing = text.splitlines()
+    assert "from step 7 to " in first and "a batch of 2,048 rows" in mixing
 
 
 @pytest.mark.parametrize("step", [1, 8, 13])
@@ -98,6 +100,18 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     final = jax.device_get(loop.train(config, tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, final, expected)
     assert _metrics(tmp_path / "run") == _metrics(workdir)
+
+
+def test_a_run_on_two_stores_goes_on_to_the_same_bits(planted_store, tmp_path):
+    other = synthetic.write_store(tmp_path / "other", train_shards=3)
+    data = dict(batch_rows=64, lanes=4, weights=(3, 1))
+    data = DataConfig(store=f"{planted_store}, {other}", **data)
+    config = synthetic.make_config(data=data, mesh=ONE)
+    expected = jax.device_get(loop.train(config, tmp_path / "whole"))
+    with pytest.raises(Killed):
+        loop.train(config, tmp_path / "run", KillAt(13))
+    final = jax.device_get(loop.train(config, tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, final, expected)
 
 
 def test_a_run_goes_on_on_another_mesh_in_micro_batches(

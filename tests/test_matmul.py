@@ -10,7 +10,7 @@ from sae_jax import state
 from sae_jax.config import MeshConfig, SaeConfig
 from sae_jax.matmul import matmul
 from sae_jax.mesh import make_mesh
-from sae_jax.step import make_step, validate
+from sae_jax.step import make_step
 from sae_jax.store import open_store
 
 
@@ -30,7 +30,7 @@ def test_a_bfloat16_step_multiplies_only_bfloat16_matrices(planted_store):
     sae = SaeConfig(n_latents=128, k=3, k_aux=8, compute_dtype="bfloat16")
     mesh = make_mesh(MeshConfig(2, 4))
     config = synthetic.make_config(sae=sae)
-    setup = validate(config, mesh, open_store(planted_store))
+    setup = synthetic.make_setup(config, mesh, open_store(planted_store))
     acts_bd = jax.ShapeDtypeStruct((64, 16), jnp.bfloat16)
     jaxpr = jax.make_jaxpr(make_step(setup))(state.abstract(setup), acts_bd)
     products = list(_find_products(jaxpr.jaxpr))

@@ -23,7 +23,7 @@ from sae_jax.config import MeshConfig, SaeConfig
 from sae_jax.mesh import make_mesh
 from sae_jax.saes.topk import plan_choice
 from sae_jax.state import Setup
-from sae_jax.step import make_step, validate
+from sae_jax.step import make_step
 from sae_jax.store import open_store
 
 # So many that each latent shard has buckets, and recall so high that 16 rows lose
@@ -154,7 +154,7 @@ def test_rows_that_are_chosen_for_again_are_counted_on_every_shard(x64):
 def test_a_step_reports_the_rows_that_are_chosen_for_again(planted_store):
     sae = SaeConfig(n_latents=OWN, k=3, k_aux=8)
     store, mesh = open_store(planted_store), make_mesh(MeshConfig(1, 1))
-    setup = validate(synthetic.make_config(sae=sae), mesh, store)
+    setup = synthetic.make_setup(synthetic.make_config(sae=sae), mesh, store)
     before = state.create(setup, jnp.asarray(synthetic.sample_rows(512, seed=99)))
     step, rows_bd = make_step(setup), jnp.asarray(synthetic.sample_rows(64))
     after, metrics = step(before, rows_bd)

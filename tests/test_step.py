@@ -11,21 +11,20 @@ import synthetic
 from sae_jax import loader, state
 from sae_jax.config import DataConfig, MeshConfig, SaeConfig
 from sae_jax.mesh import batch_sharding, make_mesh
-from sae_jax.step import make_step, validate
+from sae_jax.step import make_step
 from sae_jax.store import open_store
 
 
 def _start(store, mesh, **fields):
-    setup = validate(synthetic.make_config(**fields), mesh, store)
+    setup = synthetic.make_setup(synthetic.make_config(**fields), mesh, store)
     return setup, state.create(setup, jnp.asarray(synthetic.sample_rows(512, seed=99)))
 
 
 def _run(store, mesh, n_steps):
     setup, train_state = _start(store, mesh)
     step = make_step(setup)
-    batches = loader.train_batches(
-        store, setup.site, setup.config.data, mesh, 0, 0, n_steps
-    )
+    sources = loader.find_sources(setup.config.data, [store])
+    batches = loader.train_batches(sources, setup.config.data, mesh, 0, 0, n_steps)
     history = []
     for acts_bd in batches:
         train_state, metrics = step(train_state, acts_bd)
@@ -57,7 +56,7 @@ def test_runs_agree_on_every_mesh(mesh, planted_store, unsharded):
 
 def _heldout_nmse(store, train_state, setup):
     start, n_rows = store.shards("heldout")[0]
-    acts = store.read(setup.site, start, start + n_rows).astype(np.float32)
+    acts = store.read_ranges(setup.site, [(start, n_rows)]).astype(np.float32)
     sae = setup.sae(train_state.params)
     normed, _, scale = sae.normalize(acts)
     error = (sae.decode(sae.encode(acts)) - acts) / scale
@@ -117,11 +116,6 @@ def test_training_lowers_the_error(unsharded):
             dict(data=DataConfig(batch_rows=64, site="resid_post.9")),
             "resid_post.9",
         ),
-        (
-            (1, 1),
-            dict(data=DataConfig(batch_rows=96, lanes=8, window_chunks=1)),
-            "window_chunks",
-        ),
         ((1, 1), dict(data=DataConfig(batch_rows=512, lanes=512)), "lanes"),
         (
             (1, 8),
@@ -133,20 +127,23 @@ def test_training_lowers_the_error(unsharded):
 def test_bad_runs_are_refused_before_they_start(shape, fields, message, planted_store):
     config = synthetic.make_config(**fields)
     with pytest.raises(ValueError, match=message) as caught:
-        validate(config, make_mesh(MeshConfig(*shape)), open_store(planted_store))
+        mesh = make_mesh(MeshConfig(*shape))
+        synthetic.make_setup(config, mesh, open_store(planted_store))
     assert "\n" not in str(caught.value)
 
 
 def test_held_out_rows_are_never_trained_on(tmp_path):
     store = open_store(synthetic.write_store(tmp_path / "store", train_shards=0))
     with pytest.raises(ValueError, match="held-out rows, which training refuses"):
-        validate(synthetic.make_config(), make_mesh(MeshConfig(1, 1)), store)
+        mesh = make_mesh(MeshConfig(1, 1))
+        synthetic.make_setup(synthetic.make_config(), mesh, store)
 
 
 def test_derived_fields_are_set(planted_store):
     config = synthetic.make_config()
     config = dataclasses.replace(config, sae=SaeConfig(n_latents=64, k=3))
-    setup = validate(config, make_mesh(MeshConfig(1, 1)), open_store(planted_store))
+    mesh = make_mesh(MeshConfig(1, 1))
+    setup = synthetic.make_setup(config, mesh, open_store(planted_store))
     assert setup.config.sae.d_model == 16
     assert setup.config.sae.k_aux == 8
     assert setup.config.data.site == setup.site == synthetic.SITE

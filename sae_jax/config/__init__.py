@@ -31,6 +31,7 @@ from sae_jax.config.sae import (
     sparsity,
     subtracts_b_dec,
 )
+from sae_jax.config.stream import StreamConfig
 from sae_jax.config.train import (
     DataConfig,
     MeshConfig,
@@ -48,6 +49,7 @@ __all__ = [
     "MeshConfig",
     "OptimizerConfig",
     "SaeConfig",
+    "StreamConfig",
     "TrainConfig",
     "changed",
     "checked",

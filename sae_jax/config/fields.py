@@ -124,7 +124,8 @@ def _check_types(config: Any, prefix: str) -> None:
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         if typing.get_origin(hint) is tuple:
-            setattr(config, name, _whole_numbers(value, f"{prefix}{name}"))
+            kind = typing.get_args(hint)[0]
+            setattr(config, name, _numbers(value, kind, f"{prefix}{name}"))
             continue
         allowed = typing.get_args(hint) if type(hint) is types.UnionType else (hint,)
         if float in allowed and type(value) is int:
@@ -136,11 +137,14 @@ def _check_types(config: Any, prefix: str) -> None:
             raise ValueError(f"{prefix}{name} = {value}: must be finite")
 
 
-def _whole_numbers(value: Any, name: str) -> tuple[int, ...]:
-    """A tuple of ints; JSON has it as a list."""
-    if not isinstance(value, (list, tuple)) or any(type(v) is not int for v in value):
-        raise ValueError(
-            f"{name} = {value!r} is not a tuple of whole numbers, such as (128, 512) "
-            "or ()"
-        )
-    return tuple(value)
+def _numbers(value: Any, kind: type, name: str) -> tuple:
+    """A tuple of ints or of floats; JSON has it as a list."""
+    allowed, wanted = {
+        int: ((int,), "whole numbers, such as (128, 512)"),
+        float: ((int, float), "numbers, such as (0.25, 0.75)"),
+    }[kind]
+    if not isinstance(value, (list, tuple)) or any(
+        type(v) not in allowed or not math.isfinite(v) for v in value
+    ):
+        raise ValueError(f"{name} = {value!r} is not a tuple of {wanted} or ()")
+    return tuple(kind(v) for v in value)

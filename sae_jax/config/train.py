@@ -5,6 +5,7 @@ import math
 
 from sae_jax.config.fields import check_at_least, check_fields, setting
 from sae_jax.config.sae import CHOOSE_K, PENALISED, SaeConfig
+from sae_jax.config.stream import StreamConfig
 
 _CAN_RESAMPLE = ("relu", "prolu", "gated")
 
@@ -55,8 +56,15 @@ class DataConfig:
     chunks at a time (see `sae_jax.loader`).
     """
 
-    store: str = setting("", "folder of the activation store; '' is refused")
-    site: str | None = setting(None, "which of its sites; None: the only one")
+    store: str = setting(
+        "", "folder of the activation store, or several, with commas; '' is refused"
+    )
+    site: str | None = setting(
+        None, "which of its sites, or one for each store, with commas; None: the only"
+    )
+    weights: tuple[float, ...] = setting(
+        (), "how much of a batch each store or site gives; (): all as much"
+    )
     batch_rows: int = setting(2048, "rows of one step")
     microbatch_rows: int | None = setting(
         None,
@@ -64,12 +72,20 @@ class DataConfig:
         "divisor of batch_rows, and not with batch_topk or target_l0; None: all",
     )
     lanes: int = setting(8, "streams of rows that a batch is woven from")
-    window_chunks: int = setting(8, "chunks of the store that a stream mixes at a time")
+    window_chunks: int | None = setting(
+        None,
+        "chunks of the store that a stream mixes at a time; None: as few as give a "
+        "batch 90 % of the sequences that a uniform draw has",
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, "data.")
-        for name in ("batch_rows", "lanes", "window_chunks"):
+        for name in ("batch_rows", "lanes"):
             check_at_least(f"data.{name}", getattr(self, name), 1)
+        if self.window_chunks is not None:
+            check_at_least("data.window_chunks", self.window_chunks, 1)
+        if any(weight <= 0 for weight in self.weights):
+            raise ValueError(f"data.weights = {self.weights}: must be above 0")
         if self.batch_rows % self.lanes:
             raise ValueError(
                 f"data.batch_rows = {self.batch_rows} is not a multiple of "
@@ -108,6 +124,7 @@ class TrainConfig:
     sae: SaeConfig = dataclasses.field(default_factory=SaeConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     rows: int = setting(100_000_000, "rows to train on")
     dead_after_rows: int = setting(
@@ -144,6 +161,11 @@ class TrainConfig:
         check_at_least("seed", self.seed, 0)
         for name in ("k_anneal_rows", "sparsity_warmup_rows", "n_resamples"):
             check_at_least(name, getattr(self, name), 0)
+        if self.data.store and self.stream.subject:
+            raise ValueError(
+                f"data.store = {self.data.store!r} and stream.subject = "
+                f"{self.stream.subject!r}: give one of them"
+            )
         if self.rows < self.data.batch_rows:
             raise ValueError(
                 f"rows = {self.rows} is less than one batch "
