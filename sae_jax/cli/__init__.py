@@ -16,6 +16,7 @@ from sae_jax.config import nearest_name
 COMMANDS = {
     "quickstart": "train, evaluate and picture an SAE of the default subject",
     "harvest": "run a subject model over text and store its activations",
+    "inspect": "look into a store: figures, pictures, all checksums",
     "train": "train an SAE on an activation store, or resume an interrupted run",
     "tasks": "write binary tasks about Python source, to probe latents with",
     "evaluate": "measure a trained SAE: table, evaluation.json, report.html",
