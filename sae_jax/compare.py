@@ -38,7 +38,7 @@ COMPARED = (
     "targeting_5",
 )
 # What must be the same for figures to be comparable, and settings that need not be.
-_SAME = ("corpus", "subject", "site", "seed")
+_SAME = ("corpus", "layout", "dtype", "subject", "site", "seed")
 _MAY_DIFFER = ("batch_rows", "against", "against_hash")
 
 

@@ -111,6 +111,12 @@ def find_out(path: str | Path, out: str | Path | None = None) -> Path:
 
 def _open_store_of(run_dir: Path, store: str) -> Store:
     """The store that the run was trained on; its path may be relative."""
+    if not store or "," in store:
+        trained = "on several stores" if store else "without a store"
+        raise ValueError(
+            f"{run_dir} was trained {trained}: name one of its site and subject with "
+            "--store"
+        )
     try:
         return open_store(store)
     except FileNotFoundError as error:

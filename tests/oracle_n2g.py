@@ -65,11 +65,13 @@ def predict(trie: dict, tokens_st: np.ndarray) -> np.ndarray:
     )
 
 
-def ngram_log_p(train_st, tokens_st, vocab_size: int, longest: int) -> list[np.ndarray]:
-    """Log probabilities of the tokens after the first, for n = 1, 2, ..., longest."""
-    n_counted = len(train_st) - max(1, len(train_st) // 10)
-    counted, uncounted = train_st[:n_counted].tolist(), train_st[n_counted:].tolist()
-    wanted = tokens_st.tolist()
+def ngram_log_p(train, wanted, vocab_size: int, longest: int) -> list[np.ndarray]:
+    """Log probabilities of the tokens after the first, for n = 1, 2, ..., longest.
+
+    Contexts are lists of any length; their probabilities come one after the other.
+    """
+    n_counted = len(train) - max(1, len(train) // 10)
+    counted, uncounted = train[:n_counted], train[n_counted:]
     counts: list[dict] = []
     for n in range(1, longest + 1):
         followed: dict = {}
@@ -115,8 +117,9 @@ def ngram_log_p(train_st, tokens_st, vocab_size: int, longest: int) -> list[np.n
     return [
         np.array(
             [
-                [math.log(probability(n, context, t)) for t in range(1, len(context))]
+                math.log(probability(n, context, t))
                 for context in wanted
+                for t in range(1, len(context))
             ]
         )
         for n in range(1, longest + 1)

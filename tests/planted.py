@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import oracle
+import stores
 from flax import nnx
 
 from sae_jax.config import DataConfig, MeshConfig, SaeConfig, TrainConfig
@@ -15,10 +16,11 @@ from sae_jax.mesh import make_mesh, single_device_mesh
 from sae_jax.normalize import Normalization
 from sae_jax.saes import TopKSae
 from sae_jax.state import Setup
-from sae_jax.store import Manifest, Shard, Store, StoreWriter, open_store
+from sae_jax.store import Store, open_store
 
 D, L, K, T, VOCAB = 12, 32, 5, 16, 24
 SITE = "resid_post.1"
+EXCLUDED = (0, 5)  # tokens of which a store with holes has no rows
 PIECES = ["<script>", "\n", "\t", " a", "&", '"'] + [f"w{i}" for i in range(6, VOCAB)]
 
 
@@ -75,38 +77,75 @@ def write_store(path: Path, subject: PlantedSubject, heldout: bool = True) -> St
     """Two train and three held-out shards of 8 contexts, the last of 5."""
     sizes = [("train", 8), ("train", 8)]
     sizes += [("heldout", 8), ("heldout", 8), ("heldout", 5)] if heldout else []
-    shards = [{"split": split, "rows": n * T} for split, n in sizes]
-    manifest = Manifest(
-        subject={"name": subject.name, "identity": subject.identity},
-        tokenizer="0",
-        corpus="0",
-        sites={SITE: D},
-        context_length=T,
-        heldout_every=5,
-        max_rows=None,
-        seed=0,
+    manifest = stores.make_manifest(
+        {SITE: D},
+        T,
         rows_per_shard=8 * T,
-        rows_per_chunk=2 * T,
-        n_documents=2,
-        rows={"train": 16 * T, "heldout": 21 * T * heldout},
-        dropped_tokens={"train": 0, "heldout": 0},
-        shards=shards,
+        rows_per_chunk=T,
+        subject={"name": subject.name, "identity": subject.identity},
     )
-    writer = StoreWriter(path, manifest, ["train.txt", "held<out>.txt"])
     rng = np.random.default_rng(6)
+    blocks = []
     for split, n in sizes:
         tokens = rng.integers(VOCAB, size=(n, T)).astype(np.int32)
         acts = rows_of(subject, tokens).reshape(-1, D).astype(ml_dtypes.bfloat16)
         documents = np.full((n, T), split == "heldout", np.int32)
-        writer.write_shard(Shard({SITE: acts}, tokens, documents))
-    writer.finish()
+        blocks.append((split, {SITE: acts}, tokens, documents))
+    stores.write(path, manifest, blocks, ["train.txt", "held<out>.txt"])
     return open_store(path)
 
 
+def write_holed_store(path: Path, subject: PlantedSubject) -> Store:
+    """Of contexts that token 0 begins and padding ends, with tokens that are no rows.
+
+    The second context of each shard has no row at all, and nor have the last of the
+    held-out ones, whose rows are short of a chunk.
+    """
+    manifest = stores.make_manifest(
+        {SITE: D},
+        T,
+        rows_per_shard=4 * T,
+        rows_per_chunk=16,
+        contexts_per_shard=8,
+        excluded_ids=list(EXCLUDED),
+        subject={"name": subject.name, "identity": subject.identity},
+    )
+    rng = np.random.default_rng(11)
+    blocks = []
+    sizes = [("train", 8)] * 2 + [("heldout", 8), ("heldout", 8), ("heldout", 5)]
+    for split, n in sizes:
+        tokens = rng.integers(VOCAB, size=(n, T)).astype(np.int32)
+        lengths = rng.integers(T // 4, T + 1, size=n)
+        lengths[:2] = T, 1
+        tokens[:, 0] = 0
+        is_real = np.arange(T) < lengths[:, None]
+        tokens[~is_real] = 3
+        acts = rows_of(subject, tokens).reshape(-1, D).astype(ml_dtypes.bfloat16)
+        documents = np.where(is_real, int(split == "heldout"), -1).astype(np.int32)
+        blocks.append((split, {SITE: acts}, tokens, documents))
+    stores.write(path, manifest, blocks, ["train.txt", "held<out>.txt"])
+    return open_store(path)
+
+
+def find_positions(store: Store) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Held-out tokens, which are real, and which are rows, [contexts, T]."""
+    heldout = store.sequences("heldout")
+    tokens_st = store.read_tokens(heldout)
+    is_real_st = store.read_documents(heldout) >= 0
+    is_row_st = is_real_st & ~np.isin(tokens_st, store.manifest.excluded_ids)
+    number_st = np.cumsum(is_row_st).reshape(is_row_st.shape)
+    return tokens_st, is_real_st, is_row_st & (number_st <= store.rows("heldout"))
+
+
+def put_at_rows(store: Store, tokens_bt: np.ndarray, new_btd, acts_btd) -> np.ndarray:
+    """New rows, but the old ones at excluded tokens."""
+    is_excluded_bt = np.isin(tokens_bt, store.manifest.excluded_ids)
+    return np.where(is_excluded_bt[..., None], acts_btd, new_btd)
+
+
 def heldout_rows(store: Store) -> np.ndarray:
-    """All held-out rows in float64, [contexts, T, D]."""
-    first, last = store.sequences("heldout")[[0, -1]]
-    return store.read(SITE, first * T, (last + 1) * T).astype(float).reshape(-1, T, D)
+    """All held-out rows in float64, [contexts, T, D]; 0 where there is none."""
+    return store.read_contexts(SITE, store.sequences("heldout"))[0].astype(float)
 
 
 def random_params() -> oracle.Params:

@@ -14,9 +14,10 @@ import ml_dtypes
 import numpy as np
 import oracle
 import planted
+import stores
 from planted import SITE, D, L, T
 
-from sae_jax.store import Manifest, Shard, Store, StoreWriter, open_store
+from sae_jax.store import Store, open_store
 
 VOCAB = 5
 PIECES = [" a", "\n", " _", "b", "c"]
@@ -78,36 +79,23 @@ def true_params() -> oracle.Params:
 def write_store(path: Path, subject: PatternSubject, heldout: int = 24) -> Store:
     """16 train and some held-out contexts of random tokens."""
     sizes = {"train": 16, "heldout": heldout}
-    shards = [
-        {"split": split, "rows": min(8, n - start) * T}
-        for split, n in sizes.items()
-        for start in range(0, n, 8)
-    ]
-    manifest = Manifest(
-        subject={"name": subject.name, "identity": subject.identity},
-        tokenizer="0",
-        corpus="0",
-        sites={SITE: D},
-        context_length=T,
-        heldout_every=5,
-        max_rows=None,
-        seed=0,
+    manifest = stores.make_manifest(
+        {SITE: D},
+        T,
         rows_per_shard=8 * T,
-        rows_per_chunk=2 * T,
-        n_documents=2,
-        rows={split: n * T for split, n in sizes.items()},
-        dropped_tokens={"train": 0, "heldout": 0},
-        shards=shards,
+        rows_per_chunk=T,
+        subject={"name": subject.name, "identity": subject.identity},
     )
-    writer = StoreWriter(path, manifest, ["train.txt", "heldout.txt"])
     rng = np.random.default_rng(10)
-    for shard in shards:
-        n = shard["rows"] // T
-        tokens = rng.integers(VOCAB, size=(n, T)).astype(np.int32)
-        acts = _make_rows(tokens, np).reshape(-1, D).astype(ml_dtypes.bfloat16)
-        documents = np.full((n, T), shard["split"] == "heldout", np.int32)
-        writer.write_shard(Shard({SITE: acts}, tokens, documents))
-    writer.finish()
+    blocks = []
+    for split, size in sizes.items():
+        for start in range(0, size, 8):
+            n = min(8, size - start)
+            tokens = rng.integers(VOCAB, size=(n, T)).astype(np.int32)
+            acts = _make_rows(tokens, np).reshape(-1, D).astype(ml_dtypes.bfloat16)
+            documents = np.full((n, T), split == "heldout", np.int32)
+            blocks.append((split, {SITE: acts}, tokens, documents))
+    stores.write(path, manifest, blocks, ["train.txt", "heldout.txt"])
     return open_store(path)
 
 

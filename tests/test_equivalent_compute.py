@@ -8,7 +8,7 @@ import pytest
 
 from sae_jax.evals import EvaluateConfig, equivalent_compute, evaluate
 from sae_jax.evals.context import open_context
-from sae_jax.evals.downstream import measure_nats
+from sae_jax.evals.downstream import Nats, measure_nats
 from sae_jax.evals.family import ComputeLaw, fit_law, read_family
 
 SMALL = EvaluateConfig(sequences=21, batch_sequences=4)
@@ -30,7 +30,7 @@ def context(subject, store):
     sae = planted.make_sae(planted.random_params())
     context = open_context(sae, subject, store)
     nats = measure_nats(context, SMALL)
-    assert nats["sae"].mean() > nats["clean"].mean() + 0.2
+    assert nats.mean("sae") > nats.mean("clean") + 0.2
     return context
 
 
@@ -43,7 +43,7 @@ def _write(path, law, computes):
 def _law_through(context, share, exponent=0.3, floor=None):
     """A law by which ce_clean takes 1000, and ce_sae this share of it."""
     nats = measure_nats(context, SMALL)
-    ce_sae, ce_clean = nats["sae"].mean(), nats["clean"].mean()
+    ce_sae, ce_clean = nats.mean("sae"), nats.mean("clean")
     # (ce_sae - E) = share^-b (ce_clean - E)
     ratio = share**-exponent
     floor = (ratio * ce_clean - ce_sae) / (ratio - 1)
@@ -123,17 +123,20 @@ def test_the_share_is_the_planted_one(context, tmp_path):
     )
     nats = measure_nats(context, SMALL)
     (at_sae,), (at_clean,) = points["with the SAE"], points["subject"]
-    assert at_sae == pytest.approx([100, nats["sae"].mean()], rel=1e-6)
-    assert at_clean == pytest.approx([1000, nats["clean"].mean()], rel=1e-6)
+    assert at_sae == pytest.approx([100, nats.mean("sae")], rel=1e-6)
+    assert at_clean == pytest.approx([1000, nats.mean("clean")], rel=1e-6)
 
 
-def test_intervals_are_those_of_resampled_contexts(context, tmp_path):
+@pytest.mark.parametrize("shortest", [15, 2])
+def test_intervals_are_those_of_resampled_contexts(context, tmp_path, shortest):
     """Of losses that vary little, so that the law is straight over their interval."""
     rng = np.random.default_rng(0)
     clean_st = 4 + 0.1 * rng.normal(size=(40, 1)) + 0.1 * rng.normal(size=(40, 15))
     sae_st = clean_st + 0.5 + 0.03 * rng.normal(size=(40, 1))
+    counts_st = np.arange(15) < rng.integers(shortest, 16, size=(40, 1))
+    by_kind = {"clean": clean_st * counts_st, "sae": sae_st * counts_st}
     (key,) = context.measured
-    steady = {key: {"clean": clean_st, "sae": sae_st}}
+    steady = {key: Nats(by_kind, counts_st)}
     context = dataclasses.replace(context, measured=steady)
     law = _law_through(context, 0.1)
     path = _write(tmp_path / "f.csv", law, np.geomspace(10, 2000, 6))
@@ -142,7 +145,8 @@ def test_intervals_are_those_of_resampled_contexts(context, tmp_path):
     for _ in range(4000):
         chosen = rng.integers(40, size=40)
         at_sae, at_clean = (
-            law.compute_of(values_st[chosen].mean()) for values_st in (sae_st, clean_st)
+            law.compute_of(values_st[chosen].mean(where=counts_st[chosen]))
+            for values_st in (sae_st, clean_st)
         )
         drawn.append((at_sae, at_sae / at_clean))
     want = 1.96 * np.log10(drawn).std(axis=0)
@@ -150,6 +154,7 @@ def test_intervals_are_those_of_resampled_contexts(context, tmp_path):
         figure = measured[f"log10_{name}"]
         assert figure["value"] == pytest.approx(np.log10(measured[name]["value"]))
         assert figure["ci95"] == pytest.approx(spread, rel=0.1)
+        assert figure["samples"] == counts_st.sum()
 
 
 def test_beyond_the_family_there_are_bounds(context, tmp_path):
@@ -173,7 +178,7 @@ def test_beyond_the_family_there_are_bounds(context, tmp_path):
     assert values["equivalent_compute_share"] == pytest.approx(0.1, rel=1e-4)
     assert values["family_extrapolation"] == pytest.approx(4, rel=1e-4)
     # No model of the family comes down to ce_sae, whatever its compute.
-    ce_sae = measure_nats(context, SMALL)["sae"].mean()
+    ce_sae = measure_nats(context, SMALL).mean("sae")
     above = ComputeLaw(ce_sae + 0.1, 3.0, 0.5)
     values = _compute(context, _write(tmp_path / "f.csv", above, [1, 10, 99]))[1]
     assert values["equivalent_compute_at_least"] == 99

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -36,6 +37,24 @@ def store(subject, tmp_path_factory):
     return planted.write_store(tmp_path_factory.mktemp("evals") / "store", subject)
 
 
+@pytest.fixture(scope="module")
+def holed(subject, tmp_path_factory):
+    path = tmp_path_factory.mktemp("holes") / "store"
+    return planted.write_holed_store(path, subject)
+
+
+def test_what_a_store_with_holes_has(holed):
+    """Without which the tests that read one would say little."""
+    tokens_st, is_real_st, is_row_st = planted.find_positions(holed)
+    is_kept_st = is_real_st & ~np.isin(tokens_st, planted.EXCLUDED)
+    assert 1 < np.sum(is_kept_st & ~is_row_st) < 16  # short of a chunk
+    assert np.sum(~is_row_st.any(axis=1)) >= 3
+    assert 0 < np.sum(is_real_st[:, 1:] & ~is_kept_st[:, 1:]) and not is_real_st.all()
+    np.testing.assert_array_equal(
+        holed.find_rows(holed.sequences("heldout"))[1], is_row_st
+    )
+
+
 def _values(results):
     return {
         name: figure["value"]
@@ -45,24 +64,36 @@ def _values(results):
     }
 
 
+@pytest.mark.parametrize(
+    ("which", "per_batch"), [("store", 4), ("holed", 4), ("holed", 1)]
+)
 @pytest.mark.parametrize("kind", ["none", "center_unit_norm", "layer_norm"])
-def test_reconstruction_and_density_are_those_of_numpy(subject, store, kind):
-    params = planted.random_params()
+def test_reconstruction_and_density_are_those_of_numpy(
+    subject, which, per_batch, kind, request
+):
+    store, params = request.getfixturevalue(which), planted.random_params()
     sae = planted.make_sae(params, kind=kind)
+    config = dataclasses.replace(
+        SMALL, rows=store.rows("heldout"), batch_rows=per_batch * T
+    )
     results = evaluate(
-        sae, subject, store, ("reconstruction", "density"), config=SMALL
+        sae, subject, store, ("reconstruction", "density"), config=config
     )
     acts_std = planted.heldout_rows(store)
     code_stl, recon_std = planted.encode(params, acts_std, kind=kind)
-    x, x_hat = acts_std.reshape(-1, D), recon_std.reshape(-1, D)
+    _, _, is_row_st = planted.find_positions(store)
+    x, x_hat = acts_std[is_row_st], recon_std[is_row_st]
     normed, shift, scale = oracle.normalize(kind, x)
     error_b = ((x_hat - x) ** 2).sum(1)
-    fvu = [
-        error_b[i : i + 4 * T].sum() / ((part - part.mean(0)) ** 2).sum()
-        for i in range(0, len(x), 4 * T)
-        for part in [x[i : i + 4 * T]]
-    ]
-    counts_l = (code_stl.reshape(-1, L) > 0).sum(0)
+    fvu = []
+    for i in range(0, len(acts_std), per_batch):
+        batch = np.zeros(is_row_st.shape, bool)
+        batch[i : i + per_batch] = is_row_st[i : i + per_batch]
+        part = acts_std[batch]
+        if len(part) > 1:
+            variation = ((part - part.mean(0)) ** 2).sum()
+            fvu.append(((recon_std[batch] - part) ** 2).sum() / variation)
+    counts_l = (code_stl[is_row_st] > 0).sum(0)
     mean = normed.mean(0)
     centred_hat = (x_hat - shift) / scale - mean
     want = {
@@ -97,7 +128,13 @@ def test_reconstruction_and_density_are_those_of_numpy(subject, store, kind):
     assert histogram["counts"] == counted.tolist()
     assert sum(counted) == L - want["n_dead"]
     assert results["rows"] == len(x) == store.rows("heldout")
-    assert results["metrics"]["reconstruction"]["nmse"]["samples"] == len(x)
+    measured = results["metrics"]["reconstruction"]
+    assert measured["nmse"]["samples"] == measured["l0"]["samples"] == len(x)
+    assert measured["fvu_batch"]["samples"] == len(fvu)
+    l0_s = np.sum(code_stl > 0, axis=-1, where=is_row_st[..., None]).sum(axis=1)
+    rows_s = is_row_st.sum(axis=1)
+    ci95 = ratio_figure(l0_s.astype(float), rows_s.astype(float), 0, "")["ci95"]
+    assert measured["l0"]["ci95"] == pytest.approx(ci95)
 
 
 def test_a_mean_far_from_zero_cancels_nothing(subject, store):
@@ -128,7 +165,7 @@ def test_rows_of_zeros_and_dimensions_that_do_not_vary_are_left_out(subject, sto
 
 def _reconstruct(subject, store, x):
     """The metric over these rows in place of the held-out ones, and x̂."""
-    first = int(store.sequences("heldout")[0]) * T
+    first = store.sequences("heldout")[0]
 
     class Other:
         """The same store with other rows."""
@@ -136,9 +173,9 @@ def _reconstruct(subject, store, x):
         def __getattr__(self, name):
             return getattr(store, name)
 
-        def read_ranges(self, site, ranges, into):
-            starts = [start - first for start, _ in ranges]
-            into[:] = np.concatenate([x[start : start + T] for start in starts])
+        def read_contexts(self, site, sequences):
+            is_row_st = store.find_rows(sequences)[1]
+            return x.reshape(-1, T, D)[sequences - first], is_row_st
 
     params = planted.random_params()
     results = evaluate(
@@ -162,16 +199,19 @@ def test_latents_that_a_code_has_no_room_for_are_counted(subject, store, monkeyp
     assert _values(results)["l0_cut"] == 3
 
 
-def test_averaging_compares_both_weights_over_the_same_rows(subject, store):
+@pytest.mark.parametrize("which", ["store", "holed"])
+def test_averaging_compares_both_weights_over_the_same_rows(subject, which, request):
+    store = request.getfixturevalue(which)
+    config = dataclasses.replace(SMALL, rows=store.rows("heldout"))
     averaged, last = planted.random_params(), planted.random_params()
     last["b_dec_d"] = last["b_dec_d"] + 0.2
     saes = [planted.make_sae(params) for params in (averaged, last)]
     apart = [
-        _values(evaluate(sae, subject, store, ("reconstruction",), config=SMALL))
+        _values(evaluate(sae, subject, store, ("reconstruction",), config=config))
         for sae in saes
     ]
     values = _values(
-        evaluate(saes[0], subject, store, ("averaging",), config=SMALL, raw=saes[1])
+        evaluate(saes[0], subject, store, ("averaging",), config=config, raw=saes[1])
     )
     assert values["nmse_raw_average"] == pytest.approx(apart[0]["nmse_raw"])
     assert values["nmse_raw_last"] == pytest.approx(apart[1]["nmse_raw"])
@@ -179,12 +219,14 @@ def test_averaging_compares_both_weights_over_the_same_rows(subject, store):
     assert values["averaging_gain"] == pytest.approx(gain) and abs(gain) > 0.001
 
 
-def test_downstream_is_that_of_numpy(subject, store):
-    params = planted.random_params()
+@pytest.mark.parametrize("which", ["store", "holed"])
+def test_downstream_is_that_of_numpy(subject, which, request):
+    store, params = request.getfixturevalue(which), planted.random_params()
     sae = planted.make_sae(params)
-    results = evaluate(sae, subject, store, ("downstream",), config=SMALL)
-    sequences = store.sequences("heldout")
-    tokens_bt = store.read_tokens(sequences)
+    config = dataclasses.replace(SMALL, rows=1)
+    results = evaluate(sae, subject, store, ("downstream",), config=config)
+    tokens_bt, is_real_bt, _ = planted.find_positions(store)
+    is_read_bt = is_real_bt[:, :-1] & is_real_bt[:, 1:]
     acts_btd = planted.rows_of(subject, tokens_bt)
     mean_btd = np.broadcast_to(store.statistics(SITE).mean_d, acts_btd.shape)
     kinds = {
@@ -193,9 +235,11 @@ def test_downstream_is_that_of_numpy(subject, store):
         "mean": mean_btd,
         "zero": 0 * acts_btd,
     }
+    for name, new_btd in kinds.items():
+        kinds[name] = planted.put_at_rows(store, tokens_bt, new_btd, acts_btd)
     log_p = {k: planted.log_predictions(subject, x)[:, :-1] for k, x in kinds.items()}
     ce = {
-        k: -np.take_along_axis(p, tokens_bt[:, 1:, None], axis=-1).mean()
+        k: -np.take_along_axis(p, tokens_bt[:, 1:, None], axis=-1)[is_read_bt].mean()
         for k, p in log_p.items()
     }
     kl = np.exp(log_p["clean"]) * (log_p["clean"] - log_p["sae"])
@@ -205,7 +249,7 @@ def test_downstream_is_that_of_numpy(subject, store):
         "ce_mean_ablated": ce["mean"],
         "ce_zero_ablated": ce["zero"],
         "delta_ce": ce["sae"] - ce["clean"],
-        "kl": kl.sum(-1).mean(),
+        "kl": kl.sum(-1)[is_read_bt].mean(),
         "recovered_from_mean": (ce["mean"] - ce["sae"]) / (ce["mean"] - ce["clean"]),
         "recovered_from_zero": (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["clean"]),
     }
@@ -214,7 +258,10 @@ def test_downstream_is_that_of_numpy(subject, store):
     for name, value in want.items():
         assert values[name] == pytest.approx(value, rel=1e-4), name
     measured = results["metrics"]["downstream"]
-    assert measured["kl"]["samples"] == len(sequences) * (T - 1)
+    assert measured["kl"]["samples"] == is_read_bt.sum()
+    kl_s, read_s = np.sum(kl.sum(-1), axis=1, where=is_read_bt), is_read_bt.sum(axis=1)
+    ci95 = ratio_figure(kl_s, read_s.astype(float), 0, "")["ci95"]
+    assert measured["kl"]["ci95"] == pytest.approx(ci95, rel=1e-3)
     by_position = measured["by_position"]
     assert by_position["x"] == list(range(1, T))
     next_bt1 = tokens_bt[:, 1:, None]
@@ -223,14 +270,16 @@ def test_downstream_is_that_of_numpy(subject, store):
         for kind in ("sae", "clean")
     )
     for name, want_bt in {"kl": kl.sum(-1), "delta_ce": sae_bt - clean_bt}.items():
-        got_t, want_t = by_position["ys"][name], want_bt.mean(axis=0)
+        got_t = by_position["ys"][name]
+        want_t = want_bt.mean(axis=0, where=is_read_bt)
         np.testing.assert_allclose(got_t, want_t, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("n_positions", [64, 65, 255, 4095])
 def test_positions_are_grouped_where_there_are_many(n_positions):
     values_st = np.random.default_rng(0).normal(size=(3, n_positions))
-    curve = downstream.group_by_position({"kl": values_st})
+    every_st = np.ones(values_st.shape, bool)
+    curve = downstream.group_by_position({"kl": values_st}, every_st)
     x, kl = np.array(curve["x"]), np.array(curve["ys"]["kl"])
     if n_positions == 64:
         assert len(x) == 64
@@ -244,6 +293,27 @@ def test_positions_are_grouped_where_there_are_many(n_positions):
     assert sizes[0] == 1 and (np.diff(sizes) >= -1).all()
     for first, last, mean in zip(edges, edges[1:], kl):
         assert mean == pytest.approx(values_st[:, first:last].mean())
+
+
+@pytest.mark.parametrize("n_positions", [9, 200])
+def test_positions_of_which_few_count(n_positions):
+    """A group is the mean of what counts in it, at the mean of where that is."""
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(1, n_positions - 60 if n_positions > 60 else 8, size=5)
+    counts_st = np.arange(n_positions) < lengths[:, None]
+    values_st = np.where(counts_st, rng.normal(size=counts_st.shape), 0)
+    curve = downstream.group_by_position({"kl": values_st}, counts_st)
+    whole = downstream.group_by_position({"kl": values_st}, values_st == values_st)
+    first, groups = 0, []
+    for centre in whole["x"]:
+        last = round(2 * centre - first - 1)
+        chosen_st = counts_st[:, first:last]
+        if chosen_st.any():
+            position = np.nonzero(chosen_st)[1].mean() + first + 1
+            groups.append((position, values_st[:, first:last][chosen_st].mean()))
+        first = last
+    assert len(groups) < len(whole["x"])
+    np.testing.assert_allclose(list(zip(curve["x"], curve["ys"]["kl"])), groups)
 
 
 def test_a_perfect_sae(subject, store):
@@ -273,11 +343,13 @@ def test_an_sae_that_returns_a_constant(subject, store):
     assert values["mse_over_power"] == pytest.approx(1, rel=1e-6)
 
 
-def test_sharded_equals_one_device(subject, store):
-    params, results = planted.random_params(), {}
+@pytest.mark.parametrize("which", ["store", "holed"])
+def test_sharded_equals_one_device(subject, which, request):
+    store, params, results = request.getfixturevalue(which), planted.random_params(), {}
+    config = dataclasses.replace(SMALL, rows=store.rows("heldout"))
     for shape in (None, (2, 4)):
         sae = planted.make_sae(params, kind="center_unit_norm", mesh_shape=shape)
-        results[shape] = evaluate(sae, subject, store, config=SMALL)
+        results[shape] = evaluate(sae, subject, store, config=config)
     one, eight = (_values(results[shape]) for shape in (None, (2, 4)))
     for name, value in one.items():
         assert eight[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
@@ -294,6 +366,19 @@ def test_only_heldout_rows_are_read(subject, store):
         assert len(choose_row_sequences(context, rows)) == n_contexts
     other = dataclasses.replace(context, seed=1)
     assert set(choose_sequences(other, 5).tolist()) != drawn[5]
+
+
+def test_as_many_contexts_are_read_as_have_the_rows_asked_for(subject, holed):
+    context = open_context(planted.make_sae(planted.random_params()), subject, holed)
+    heldout, is_row_st = holed.sequences("heldout"), planted.find_positions(holed)[2]
+    rows_of = dict(zip(heldout.tolist(), is_row_st.sum(axis=1).tolist()))
+    drawn = np.random.default_rng(context.seed).permutation(heldout).tolist()
+    for rows in range(1, holed.rows("heldout") + 1):
+        chosen = choose_row_sequences(context, rows).tolist()
+        assert chosen == sorted(drawn[: len(chosen)])
+        total = sum(rows_of[sequence] for sequence in chosen)
+        assert total >= rows > total - rows_of[drawn[len(chosen) - 1]]
+    assert choose_row_sequences(context, 10**9).tolist() == heldout.tolist()
 
 
 def test_results_are_json_and_a_table(subject, store):
@@ -345,7 +430,7 @@ def test_intervals_cover_95_percent():
     covered = {"mean": 0, "ratio": 0}
     for _ in range(1000):
         values_st = np.repeat(rng.normal(3, 1, size=(60, 1)), 20, axis=1)
-        figure = mean_figure(values_st, "rows")
+        figure = mean_figure(values_st, values_st != np.inf, "rows")
         covered["mean"] += abs(figure["value"] - 3) <= figure["ci95"]
         below_s = rng.uniform(1, 3, size=60)
         figure = ratio_figure(below_s * rng.normal(0.5, 0.1, 60), below_s, 60, "rows")
@@ -381,6 +466,7 @@ def test_refusals(subject, store, tmp_path):
     refuses("unknown metric 'densty': did you mean 'density'", metrics=("densty",))
     other = dataclasses.replace(subject, identity="1" * 64, name="other")
     refuses("harvested from subject planted .0000.*not from other .1111", subject=other)
+    refuses("subject torch does not run in JAX", subject=SimpleNamespace(name="torch"))
     empty = planted.write_store(tmp_path / "empty", subject, heldout=False)
     refuses("has no held-out rows", store=empty)
     refuses("on a mesh .*not", mesh=make_mesh(MeshConfig(2, 4)))

@@ -18,6 +18,7 @@ from sae_jax.evals import explanations, n2g
 from sae_jax.evals.config import EvaluateConfig
 from sae_jax.evals.context import open_context
 from sae_jax.evals.patterns import ANY
+from sae_jax.evals.positions import Positions
 
 LONGEST = 4  # tokens of a suffix, so that fewer programs are compiled
 SMALL = EvaluateConfig(batch_rows=4 * T, batch_sequences=4)
@@ -43,11 +44,12 @@ def _values(measured):
 
 
 @pytest.mark.parametrize("kind", ["none", "center_unit_norm"])
-def test_explanations_are_those_of_plain_python(tmp_path, kind, monkeypatch):
+@pytest.mark.parametrize("write", [planted.write_store, planted.write_holed_store])
+def test_explanations_are_those_of_plain_python(tmp_path, kind, write, monkeypatch):
     """Rows that depend on all tokens before them, so that most patterns are wrong."""
     monkeypatch.setattr(n2g, "LONGEST", LONGEST)
     subject, params = planted.make_subject(), planted.random_params()
-    store = planted.write_store(tmp_path / "store", subject)
+    store = write(tmp_path / "store", subject)
     measured = _measure(planted.make_sae(params, kind=kind), subject, store)
     want = _Slow(subject, params, store, kind).measure()
     got = _values(measured)
@@ -96,7 +98,9 @@ def test_what_is_found_of_true_features(subject, store):
         positions_n=positions,
         acts_n=np.ones(len(latents), np.float32),
     )
-    found = n2g.find_patterns(context, tokens_st, peaks)
+    every_st = np.ones(tokens_st.shape, bool)
+    positions = Positions(tokens_st, every_st, every_st)
+    found = n2g.find_patterns(context, positions, peaks)
     got = [pattern and (pattern.tokens, pattern.is_anchored) for pattern in found]
     assert got == list(asked.values())
     assert all(pattern is None or pattern.value == 1 for pattern in found)
@@ -179,19 +183,19 @@ class _Dealt:
     """The store, but a share of its held-out rows has been permuted."""
 
     def __init__(self, store, share):
-        self._store, self._first = store, int(store.sequences("heldout")[0]) * T
-        n_rows = store.rows("heldout")
-        self._rows = store.read_ranges(SITE, [(self._first, n_rows)])
+        self._store, heldout = store, store.sequences("heldout")
+        self._acts, self._first = store.read_contexts(SITE, heldout)[0], heldout[0]
+        rows = self._acts.reshape(-1, D)
         rng = np.random.default_rng(3)
-        moved = np.flatnonzero(rng.random(n_rows) < share)
-        self._rows[moved] = self._rows[rng.permutation(moved)]
+        moved = np.flatnonzero(rng.random(len(rows)) < share)
+        rows[moved] = rows[rng.permutation(moved)]
 
     def __getattr__(self, name):
         return getattr(self._store, name)
 
-    def read_ranges(self, site, ranges, into):
-        starts = [start - self._first for start, _ in ranges]
-        into[:] = np.concatenate([self._rows[i : i + T] for i in starts])
+    def read_contexts(self, site, sequences):
+        is_row_st = self._store.find_rows(sequences)[1]
+        return self._acts[sequences - self._first], is_row_st
 
 
 class _Slow:
@@ -200,19 +204,19 @@ class _Slow:
     def __init__(self, subject, params, store, kind):
         self.subject, self.params, self.kind = subject, params, kind
         self.store = store
-        self.tokens_st = store.read_tokens(store.sequences("heldout"))
+        self.tokens_st, is_real_st, is_row_st = planted.find_positions(store)
         self.middle = len(self.tokens_st) // 2
         acts = planted.heldout_rows(store)
-        self.code_stl = planted.encode(params, acts, K, kind)[0]
+        self.code_stl = planted.encode(params, acts, K, kind)[0] * is_row_st[..., None]
+        self.halves = slice(self.middle), slice(self.middle, None)
+        self.is_real_st, self.is_row_st = is_real_st, is_row_st
 
     def measure(self):
-        known, tested = self.tokens_st[: self.middle], self.tokens_st[self.middle :]
-        known_stl, fired_stl = (
-            self.code_stl[: self.middle],
-            self.code_stl[self.middle :],
-        )
+        known, tested = (self.tokens_st[half] for half in self.halves)
+        known_stl, fired_stl = (self.code_stl[half] for half in self.halves)
+        from_known, from_tested = (self.is_row_st[half] for half in self.halves)
         living = np.flatnonzero((known_stl > 0).any((0, 1)))
-        tokens, counts = np.unique(known, return_counts=True)
+        tokens, counts = np.unique(known[from_known], return_counts=True)
         pads = tokens[np.argsort(-counts, kind="stable")][:2].tolist()
         simulated_stl = np.zeros_like(fired_stl)
         found, scores, unigram = {}, [], []
@@ -225,12 +229,13 @@ class _Slow:
                     oracle_n2g.insert(trie, *pattern)
             fired = fired_stl[..., latent] > 0
             predicted = oracle_n2g.predict(trie, tested)
-            scores.append(_count(predicted > 0, fired))
+            scores.append(_count((predicted > 0) & from_tested, fired))
             tokens, counts = np.unique(
                 known[known_stl[..., latent] > 0], return_counts=True
             )
-            unigram.append(_count(tested == tokens[np.argmax(counts)], fired))
-            s, a = oracle_n2g.predict(trie, known), known_stl[..., latent]
+            is_top = (tested == tokens[np.argmax(counts)]) & from_tested
+            unigram.append(_count(is_top, fired))
+            s, a = oracle_n2g.predict(trie, known) * from_known, known_stl[..., latent]
             scale = (s * a).sum() / (s * s).sum() if s.any() else 0
             simulated_stl[..., latent] = scale * predicted
         return {
@@ -265,8 +270,9 @@ class _Slow:
 
     def splice(self, tokens_st, simulated_stl):
         acts = planted.rows_of(self.subject, tokens_st)
-        known = planted.heldout_rows(self.store)[: self.middle]
-        _, shifts, scales = oracle.normalize(self.kind, known.reshape(-1, D))
+        known, tested = self.halves
+        rows = planted.heldout_rows(self.store)[known][self.is_row_st[known]]
+        _, shifts, scales = oracle.normalize(self.kind, rows)
         _, *own = oracle.normalize(self.kind, acts.reshape(-1, D))
         shift, scale = (part.reshape(*acts.shape[:2], 1) for part in own)
         recon = simulated_stl @ self.params["w_dec_ld"] + self.params["b_dec_d"]
@@ -278,11 +284,21 @@ class _Slow:
             "mean_ablated": np.zeros_like(acts) + self.store.statistics(SITE).mean_d,
         }
         nats = {}
+        is_read = self.is_real_st[tested][:, :-1] & self.is_real_st[tested][:, 1:]
         for name, rows in spliced.items():
+            rows = planted.put_at_rows(self.store, tokens_st, rows, acts)
             log_p = planted.log_predictions(self.subject, rows)[:, :-1]
-            nats[name] = -np.take_along_axis(log_p, tokens_st[:, 1:, None], -1).mean()
-        train = self.store.read_tokens(self.store.sequences("train"))
-        log_p = oracle_n2g.ngram_log_p(train, tokens_st, planted.VOCAB, 3)
+            chosen = np.take_along_axis(log_p, tokens_st[:, 1:, None], -1)
+            nats[name] = -chosen[is_read].mean()
+        train = self.store.sequences("train")
+        lists = [
+            [t[is_real].tolist() for t, is_real in zip(tokens, is_reals, strict=True)]
+            for tokens, is_reals in (
+                (self.store.read_tokens(train), self.store.read_documents(train) >= 0),
+                (tokens_st, self.is_real_st[tested]),
+            )
+        ]
+        log_p = oracle_n2g.ngram_log_p(*lists, planted.VOCAB, 3)
         for name, log_st in zip(("unigram", "bigram", "trigram"), log_p, strict=True):
             nats[name] = -log_st.mean()
         below = nats["bigram"] - nats["simulated"]

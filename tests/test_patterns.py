@@ -6,6 +6,7 @@ import pytest
 
 from sae_jax.evals.ngrams import predict_tokens
 from sae_jax.evals.patterns import ANY, Pattern, Trie
+from sae_jax.evals.positions import NO_TOKEN
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -54,10 +55,30 @@ def test_ngram_models_are_those_of_counting():
     train_st = np.array(tokens[:1400], np.int32).reshape(-1, 20)
     tokens_st = np.array(tokens[1400:1500], np.int32).reshape(-1, 20)
     got = predict_tokens(train_st, tokens_st, 7, 3)
-    want = oracle_n2g.ngram_log_p(train_st, tokens_st, 7, 3)
+    want = oracle_n2g.ngram_log_p(train_st.tolist(), tokens_st.tolist(), 7, 3)
     for log_p, slow in zip(got, want, strict=True):
-        np.testing.assert_allclose(log_p, slow, rtol=1e-9)
+        np.testing.assert_allclose(log_p.ravel(), slow, rtol=1e-9)
     assert got[2].mean() > got[1].mean() + 0.2
+
+
+def test_ngram_models_of_contexts_that_end_early():
+    rng = np.random.default_rng(2)
+    texts = []
+    for n_contexts in (60, 20):
+        tokens_st = rng.integers(4, size=(n_contexts, 9)).astype(np.int32)
+        tokens_st[:, 2::3] = tokens_st[:, 1::3]
+        tokens_st[np.arange(9) >= rng.integers(1, 10, size=(n_contexts, 1))] = NO_TOKEN
+        texts.append(tokens_st)
+    lists = [
+        [[token for token in context if token != NO_TOKEN] for context in text.tolist()]
+        for text in texts
+    ]
+    got = predict_tokens(*texts, 5, 3)
+    want = oracle_n2g.ngram_log_p(*lists, 5, 3)
+    is_text_st = texts[1][:, 1:] != NO_TOKEN
+    for log_p, slow in zip(got, want, strict=True):
+        assert np.isfinite(log_p).all()
+        np.testing.assert_allclose(log_p[is_text_st], slow, rtol=1e-9)
 
 
 def test_ngram_models_give_probabilities():

@@ -45,14 +45,16 @@ def examples():
     ]
 
 
-def _make_context(subject, mesh_shape=(1, 1), seed=0, **changed):
+def _make_context(subject, mesh_shape=(1, 1), seed=0, bos="document", **changed):
     mesh = make_mesh(MeshConfig(*mesh_shape))
-    manifest = SimpleNamespace(heldout_every=5)
+    manifest = SimpleNamespace(
+        heldout_every=5, context_length=T, bos=bos, bos_id=None if bos == "none" else 7
+    )
     return Context(
         **{
             "sae": SimpleNamespace(d_model=CONFIG.d_model, site=SITE, mesh=mesh),
             "subject": jax.device_put(subject, replicated(mesh)),
-            "store": SimpleNamespace(context_length=T, manifest=manifest),
+            "store": SimpleNamespace(manifest=manifest),
             "site": SITE,
             "mesh": mesh,
             "seed": seed,
@@ -76,15 +78,17 @@ def path(examples, tmp_path_factory):
     return path
 
 
-def _run_alone(subject, example):
-    """The row of the example, its context cut as the module says."""
+def _run_alone(subject, example, first=()):
+    """The row of the example, its context cut as the module says, behind `first`."""
     token = len(example.text[: example.position + 1].encode()) - 1
-    start = 0 if token < T else -(-(token + 1 - T) // (T // 4)) * (T // 4)
-    assert token - start < T and (start == 0 or token - start >= 3 * T // 4 - 1)
+    room = T - len(first)
+    start = 0 if token < room else -(-(token + 1 - room) // (room // 4)) * (room // 4)
+    assert token - start < room and (start == 0 or token - start >= 3 * room // 4 - 1)
     # What comes behind does not matter.
     tokens_1t = np.full((1, T), 77, np.int32)
-    tokens_1t[0, : token + 1 - start] = subject.encode(example.text)[start : token + 1]
-    return np.asarray(_forward(subject, tokens_1t)[0, token - start])
+    known = [*first, *subject.encode(example.text)[start : token + 1]]
+    tokens_1t[0, : len(known)] = known
+    return np.asarray(_forward(subject, tokens_1t)[0, len(known) - 1])
 
 
 @jax.jit
@@ -92,8 +96,11 @@ def _forward(subject, tokens_1t):
     return subject.forward(tokens_1t, capture=[SITE])[1][SITE]
 
 
-def test_rows_are_those_of_each_example_alone(subject, examples, path):
-    measured = _measure(_make_context(subject), path)
+@pytest.mark.parametrize(
+    ("bos", "first"), [("document", ()), ("context", (7,)), ("none", ())]
+)
+def test_rows_are_those_of_each_example_alone(subject, examples, path, bos, first):
+    measured = _measure(_make_context(subject, bos=bos), path)
     assert [rows.name for rows in measured] == ["first", "second"]
     for rows in measured:
         its = [example for example in examples if example.task == rows.name]
@@ -103,7 +110,7 @@ def test_rows_are_those_of_each_example_alone(subject, examples, path):
         np.testing.assert_array_equal(rows.heldout_n, [e.is_heldout for e in its])
         texts = [TEXTS[i] for i in rows.texts_n]
         assert texts == [example.text for example in its]
-        want_nd = [_run_alone(subject, example) for example in its]
+        want_nd = [_run_alone(subject, example, first) for example in its]
         np.testing.assert_allclose(rows.acts_nd, want_nd, rtol=1e-4, atol=1e-5)
 
 

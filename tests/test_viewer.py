@@ -21,16 +21,24 @@ def store(subject, tmp_path_factory):
     return planted.write_store(tmp_path_factory.mktemp("viewer") / "store", subject)
 
 
+@pytest.fixture(scope="module")
+def holed(subject, tmp_path_factory):
+    path = tmp_path_factory.mktemp("holes") / "store"
+    return planted.write_holed_store(path, subject)
+
+
+@pytest.mark.parametrize("which", ["store", "holed"])
 @pytest.mark.parametrize("mesh_shape", [None, (2, 4)])
-def test_top_contexts_are_those_of_brute_force(subject, store, mesh_shape):
-    params = planted.random_params()
+def test_top_contexts_are_those_of_brute_force(subject, which, mesh_shape, request):
+    store, params = request.getfixturevalue(which), planted.random_params()
     sae = planted.make_sae(params, mesh_shape=mesh_shape)
     views = top_contexts(sae, subject, store, L, n_contexts=3, config=SMALL)
 
     sequences = store.sequences("heldout")
-    tokens = store.read_tokens(sequences)
+    tokens, is_real_st, is_row_st = planted.find_positions(store)
     code_stl, _ = planted.encode(params, planted.heldout_rows(store))
-    density_l = (code_stl > 0).mean(axis=(0, 1))
+    code_stl[~is_row_st] = 0
+    density_l = (code_stl[is_row_st] > 0).mean(axis=0)
     alive = np.flatnonzero(density_l)
     assert sorted(view.latent for view in views) == alive.tolist()
     assert len(alive) < L
@@ -45,7 +53,7 @@ def test_top_contexts_are_those_of_brute_force(subject, store, mesh_shape):
         for i, context in zip(best, view.contexts, strict=True):
             peak = int(acts_st[i].argmax())
             assert context.position == peak
-            start, stop = max(0, peak - 24), peak + 9
+            start, stop = max(0, peak - 24), min(peak + 9, is_real_st[i].sum())
             assert context.tokens == tuple(PIECES[t] for t in tokens[i, start:stop])
             np.testing.assert_allclose(
                 context.activations, acts_st[i, start:stop], rtol=1e-4, atol=1e-5

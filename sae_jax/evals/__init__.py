@@ -37,6 +37,7 @@ from sae_jax.evals.config import EvaluateConfig
 from sae_jax.evals.context import Context, Sae, choose_row_sequences, open_context
 from sae_jax.evals.identity import identify
 from sae_jax.evals.inputs import check_inputs
+from sae_jax.evals.positions import read_positions
 from sae_jax.evals.table import format_name, format_table, format_value
 from sae_jax.files import write_whole
 from sae_jax.store import Store
@@ -77,6 +78,8 @@ MEANINGS: dict[str, str] = {
     for metric in METRICS.values()
     for name, meaning in metric.MEANINGS.items()
 }
+# How text lies in contexts, and what of it are no rows.
+_LAYOUT = ("context_length", "packing", "bos", "excluded_ids")
 # What of the results may differ where figures are the same.
 _PASSING = ("store", "rows", "n_steps")
 # Below this, a latent that did not fire says little.
@@ -148,7 +151,7 @@ def evaluate(
 def _describe(context: Context, config: EvaluateConfig) -> dict[str, Any]:
     """What the figures are of."""
     sae, subject, store = context.sae, context.subject, context.store
-    n_contexts = len(choose_row_sequences(context, config.rows))
+    sequences = choose_row_sequences(context, config.rows)
     identities = {"sae": identify(sae)}
     if context.raw is not None:
         identities["raw"] = identify(context.raw)
@@ -161,9 +164,11 @@ def _describe(context: Context, config: EvaluateConfig) -> dict[str, Any]:
         "identities": identities,
         "store": str(store.path),
         "corpus": store.manifest.corpus,
+        "layout": {name: getattr(store.manifest, name) for name in _LAYOUT},
+        "dtype": store.dtype,
         "subject": {"name": subject.name, "identity": subject.identity},
         "seed": context.seed,
-        "rows": n_contexts * store.context_length,
+        "rows": int(read_positions(store, sequences).is_row_st.sum()),
         "rows_wanted": ROWS_WANTED,
         "context_length": store.context_length,
     }

@@ -1,11 +1,12 @@
 """What every metric is given: an SAE, its subject, and held-out contexts.
 
 A metric reads whole held-out contexts, drawn without replacement by the seed, so that
-errors can be taken over contexts and smaller draws are part of larger ones.
+errors can be taken over contexts and smaller draws are part of larger ones. Which of
+their positions count is for `sae_jax.evals.positions` to say.
 """
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, Protocol
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from sae_jax.config import SaeConfig
+from sae_jax.evals.positions import Positions, read_positions
 from sae_jax.mesh import DATA, LATENT, batch_sharding, replicated
 from sae_jax.normalize import Normalization
 from sae_jax.progress import Progress
@@ -82,6 +84,11 @@ def open_context(
             f"{store.path}: site {site} has rows of width {store.width(site)}, the SAE "
             f"reads rows of width {sae.d_model}: evaluate on a store of its own site"
         )
+    if jax.tree_util.all_leaves([subject]):
+        raise ValueError(
+            f"subject {subject.name} does not run in JAX: sae-jax harvest reads it, "
+            "and nothing can be evaluated on it"
+        )
     stored = store.manifest.subject
     if stored["identity"] != subject.identity:
         raise ValueError(
@@ -105,13 +112,40 @@ def choose_sequences(context: Context, n_sequences: int) -> NDArray[np.int64]:
 
 def draw_sequences(store: Store, seed: int, n_sequences: int) -> NDArray[np.int64]:
     """The same where there is no SAE to evaluate."""
-    heldout = np.asarray(store.sequences("heldout"))
-    return np.sort(np.random.default_rng(seed).permutation(heldout)[:n_sequences])
+    return np.sort(_shuffle(store, seed)[:n_sequences])
 
 
 def choose_row_sequences(context: Context, rows: int) -> NDArray[np.int64]:
     """The sequences that hold at least `rows` held-out rows, or all there are."""
-    return choose_sequences(context, -(-rows // context.store.context_length))
+    most = context.store.context_length
+    return choose_until(context, rows, most, lambda positions: positions.is_row_st)
+
+
+def choose_until(
+    context: Context,
+    wanted: int,
+    most: int,
+    find: Callable[[Positions], NDArray[np.bool_]],
+) -> NDArray[np.int64]:
+    """The sequences that have `wanted` of what is found in contexts, or all there are.
+
+    `find` gives [S, anything]; no context has more than `most`.
+    """
+    store, drawn = context.store, _shuffle(context.store, context.seed)
+    found_s = np.zeros(0, np.int64)
+    while len(found_s) < len(drawn) and found_s.sum() < wanted:
+        n_more = max(-(-wanted // most), len(found_s))
+        more = drawn[len(found_s) : len(found_s) + n_more]
+        order = np.argsort(more)  # files are read one after the other
+        of_more = np.empty(len(more), np.int64)
+        of_more[order] = find(read_positions(store, more[order])).sum(axis=1)
+        found_s = np.concatenate([found_s, of_more])
+    n_sequences = np.searchsorted(np.cumsum(found_s), wanted) + 1
+    return np.sort(drawn[:n_sequences])
+
+
+def _shuffle(store: Store, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).permutation(store.sequences("heldout"))
 
 
 def iterate_rows(
@@ -126,8 +160,10 @@ def iterate_rows(
     `contextlib.closing`, so that an error ends its line.
 
     Yields:
-        Rows [B, D] and which of them count, bool [B]: the last batch is filled up
-        with rows that do not. B is a whole number of contexts.
+        Rows [B, D] and which of them count, bool [B]: a row of the batch is a
+        position of a context, and positions that are no rows, as padding, do not
+        count, nor do those that the last batch is filled up with. B is a whole number
+        of contexts.
     """
     store, n_positions = context.store, context.store.context_length
     per_batch = _round_up(max(1, batch_rows // n_positions), context.mesh.shape[DATA])
@@ -137,16 +173,17 @@ def iterate_rows(
     with _start_progress(context, task, n_rows, "rows") as progress:
         for start in range(0, len(sequences), per_batch):
             chosen = sequences[start : start + per_batch]
+            acts_ntd, is_row_nt = store.read_contexts(context.site, chosen)
             # Anew for each batch: on a CPU the device array may share this buffer.
-            rows_bd = np.empty(shape, jnp.bfloat16)
+            rows_bd, mask_b = np.empty(shape, jnp.bfloat16), np.zeros(shape[0], bool)
             n_real = len(chosen) * n_positions
-            ranges = [(int(sequence) * n_positions, n_positions) for sequence in chosen]
-            store.read_ranges(context.site, ranges, into=rows_bd[:n_real])
+            rows_bd[:n_real] = acts_ntd.reshape(n_real, -1)
+            mask_b[:n_real] = is_row_nt.ravel()
             # Real rows, not zeros: a row without a norm could give a NaN.
-            rows_bd[n_real:] = rows_bd[0]
+            rows_bd[~mask_b] = rows_bd[np.argmax(mask_b)] if mask_b.any() else 1
             yield (
                 jax.device_put(rows_bd, batch_sharding(context.mesh)),
-                jax.device_put(np.arange(len(rows_bd)) < n_real, mask_sharding),
+                jax.device_put(mask_b, mask_sharding),
             )
             progress.update(start * n_positions + n_real)
 

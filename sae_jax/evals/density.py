@@ -32,7 +32,7 @@ def compute(context: Context, config: EvaluateConfig) -> dict[str, Any]:
     rows = measure_rows(context, config)
     counts_l, n_rows = rows.counts_l, rows.n_rows
     n_latents, n_dead = len(counts_l), int(np.sum(counts_l == 0))
-    decades = math.ceil(math.log10(n_rows))
+    decades = max(1, math.ceil(math.log10(n_rows)))
     log10_edges = np.linspace(-decades, 0, decades * _BINS_PER_DECADE + 1)
     log10_density = np.log10(counts_l[counts_l > 0] / n_rows)
     histogram, _ = np.histogram(log10_density, log10_edges)

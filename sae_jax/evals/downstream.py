@@ -1,8 +1,8 @@
 """What the reconstruction costs the language model that the rows came from.
 
 Cross-entropy, in nats for each predicted token, with the site as it is (clean), and
-with it replaced at every position by the reconstruction (sae), by the mean training
-row (mean_ablated) and by zeros (zero_ablated):
+with every row replaced by the reconstruction (sae), by the mean training row
+(mean_ablated) and by zeros (zero_ablated):
 
     delta_ce            = ce_sae - ce_clean
     kl                  = mean of KL(clean || sae) of the predicted distributions
@@ -12,16 +12,24 @@ row (mean_ablated) and by zeros (zero_ablated):
 Zero ablation breaks most models far more than the mean does, so recovered_from_zero
 flatters. `by_position` has kl and delta_ce after each number of tokens read; beyond 64
 of them in 32 groups, each a constant factor longer than the one before.
+
+Nothing is predicted at padding, or from it. Tokens that the store excludes are read and
+predicted like others, but there the site is left as it is: the SAE was not trained on
+them (`sae_jax.evals.positions`).
+
 Source: Gao et al. 2024 (arXiv:2406.04093), section 4.1.
 """
 
 import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from numpy.typing import NDArray
 
 from sae_jax.evals.config import EvaluateConfig
 from sae_jax.evals.context import (
@@ -36,6 +44,12 @@ from sae_jax.evals.figures import (
     make_curve,
     mean_figure,
     ratio_figure,
+)
+from sae_jax.evals.positions import (
+    Positions,
+    list_excluded,
+    put_at_rows,
+    read_positions,
 )
 from sae_jax.mesh import replicated
 from sae_jax.subjects import Subject, next_token_loss
@@ -56,6 +70,33 @@ MEANINGS = {
 _MOST_POSITIONS, _GROUPS = 64, 32
 
 
+@dataclass(frozen=True, eq=False)
+class Nats:
+    """Nats by kind, each [contexts, positions - 1]: one entry a predicted token, and 0
+    where none is predicted.
+
+    `clean`, `sae`, `mean_ablated` and `zero_ablated` are cross-entropies, `kl` is as
+    above.
+    """
+
+    by_kind: Mapping[str, Array]
+    is_predicted_st: NDArray[np.bool_]
+
+    def __getitem__(self, kind: str) -> Array:
+        return self.by_kind[kind]
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.is_predicted_st.sum())
+
+    def mean(self, kind: str) -> float:
+        return float(self[kind].sum() / self.n_tokens)
+
+    def average(self, nats_st: Array) -> Figure:
+        """The mean of what is 0 where no token is predicted."""
+        return mean_figure(nats_st, self.is_predicted_st, "tokens")
+
+
 def compute(context: Context, config: EvaluateConfig) -> dict[str, Any]:
     """The figures above over `config.sequences` held-out contexts."""
     nats = measure_nats(context, config)
@@ -64,50 +105,56 @@ def compute(context: Context, config: EvaluateConfig) -> dict[str, Any]:
         gap_st = nats[ablated] - nats["clean"]
         gain_st = nats[ablated] - nats["sae"]
         return ratio_figure(
-            gain_st.sum(axis=1), gap_st.sum(axis=1), gain_st.size, "tokens"
+            gain_st.sum(axis=1), gap_st.sum(axis=1), nats.n_tokens, "tokens"
         )
 
     return {
-        "ce_clean": mean_figure(nats["clean"], "tokens"),
-        "ce_sae": mean_figure(nats["sae"], "tokens"),
-        "ce_mean_ablated": mean_figure(nats["mean_ablated"], "tokens"),
-        "ce_zero_ablated": mean_figure(nats["zero_ablated"], "tokens"),
-        "delta_ce": mean_figure(nats["sae"] - nats["clean"], "tokens"),
-        "kl": mean_figure(nats["kl"], "tokens"),
+        "ce_clean": nats.average(nats["clean"]),
+        "ce_sae": nats.average(nats["sae"]),
+        "ce_mean_ablated": nats.average(nats["mean_ablated"]),
+        "ce_zero_ablated": nats.average(nats["zero_ablated"]),
+        "delta_ce": nats.average(nats["sae"] - nats["clean"]),
+        "kl": nats.average(nats["kl"]),
         "recovered_from_mean": recovered_from("mean_ablated"),
         "recovered_from_zero": recovered_from("zero_ablated"),
         "by_position": group_by_position(
-            {"kl": nats["kl"], "delta_ce": nats["sae"] - nats["clean"]}
+            {"kl": nats["kl"], "delta_ce": nats["sae"] - nats["clean"]},
+            nats.is_predicted_st,
         ),
     }
 
 
-def measure_nats(context: Context, config: EvaluateConfig) -> dict[str, Array]:
-    """Nats by kind, each [contexts, positions - 1]: one entry a predicted token.
-
-    `clean`, `sae`, `mean_ablated` and `zero_ablated` are cross-entropies, `kl` is as
-    above. Done once for each context.
-    """
+def measure_nats(context: Context, config: EvaluateConfig) -> Nats:
+    """The nats of `config.sequences` contexts; done once for each context."""
     key = ("nats", config.sequences, config.batch_sequences)
     if key not in context.measured:
         context.measured[key] = _measure(context, config)
     return context.measured[key]
 
 
-def group_by_position(values: dict[str, Array]) -> Figure:
-    """Means of [contexts, positions] by tokens read; a group is at its mean."""
-    n_positions = next(iter(values.values())).shape[1]
+def group_by_position(
+    values: Mapping[str, Array], counts_st: NDArray[np.bool_]
+) -> Figure:
+    """Means of those [contexts, positions] that count, others being 0, by tokens read.
+
+    A group is at its mean; a group of which nothing counts is left out.
+    """
+    n_positions = counts_st.shape[1]
     edges = np.arange(n_positions + 1)
     if n_positions > _MOST_POSITIONS:
         # Of the edges of short groups some fall on the same position.
         edges = np.geomspace(1, n_positions + 1, _GROUPS + 1).round().astype(int) - 1
         edges = np.unique(edges)
 
+    share_t = counts_st.mean(axis=0)
+    share_g = np.add.reduceat(share_t, edges[:-1])
+
     def average(values_t: Array) -> Array:
-        return np.add.reduceat(values_t, edges[:-1]) / np.diff(edges)
+        sum_g = np.add.reduceat(values_t, edges[:-1])
+        return sum_g[share_g > 0] / share_g[share_g > 0]
 
     return make_curve(
-        average(np.arange(1.0, n_positions + 1)),
+        average(np.arange(1.0, n_positions + 1) * share_t),
         {name: average(values_st.mean(axis=0)) for name, values_st in values.items()},
         "tokens read",
         "nats for the next token",
@@ -115,9 +162,10 @@ def group_by_position(values: dict[str, Array]) -> Figure:
     )
 
 
-def _measure(context: Context, config: EvaluateConfig) -> dict[str, Array]:
+def _measure(context: Context, config: EvaluateConfig) -> Nats:
     sequences = choose_sequences(context, config.sequences)
     mean_d = jnp.asarray(context.store.statistics(context.site).mean_d, jnp.float32)
+    excluded_n = list_excluded(context.store)
     measure_batch = jax.jit(
         _measure_batch, static_argnames="site", out_shardings=replicated(context.mesh)
     )
@@ -127,22 +175,40 @@ def _measure(context: Context, config: EvaluateConfig) -> dict[str, Array]:
     ) as contexts:
         for tokens_bt, n_real in contexts:
             nats = measure_batch(
-                context.sae, context.subject, tokens_bt, mean_d, site=context.site
+                context.sae,
+                context.subject,
+                tokens_bt,
+                mean_d,
+                excluded_n,
+                site=context.site,
             )
             nats = jax.device_get(nats)
             batches.append({name: nats_bt[:n_real] for name, nats_bt in nats.items()})
-    return {
+    by_kind = {
         name: np.concatenate([batch[name] for batch in batches]).astype(np.float64)
         for name in batches[0]
     }
+    return keep_predicted(by_kind, read_positions(context.store, sequences))
+
+
+def keep_predicted(by_kind: Mapping[str, Array], positions: Positions) -> Nats:
+    """The nats of contexts whose positions these are, whatever is at padding."""
+    is_predicted_st = positions.is_predicted_st
+    kept = {k: np.where(is_predicted_st, v, 0) for k, v in by_kind.items()}
+    return Nats(kept, is_predicted_st)
 
 
 def _measure_batch(
-    sae: Sae, subject: Subject, tokens_bt: jax.Array, mean_d: jax.Array, site: str
+    sae: Sae,
+    subject: Subject,
+    tokens_bt: jax.Array,
+    mean_d: jax.Array,
+    excluded_n: jax.Array,
+    site: str,
 ) -> dict[str, jax.Array]:
     # In one program, so that the compiler runs the layers below the site once.
     def predict(replacement: Any) -> jax.Array:
-        replace = None if replacement is None else {site: replacement}
+        replace = {site: put_at_rows(replacement, excluded_n)} if replacement else None
         logits_btv, _ = subject.forward(tokens_bt, replace=replace)
         assert logits_btv is not None
         return logits_btv

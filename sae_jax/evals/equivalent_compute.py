@@ -34,7 +34,7 @@ import numpy as np
 
 from sae_jax.evals.config import EvaluateConfig
 from sae_jax.evals.context import Context
-from sae_jax.evals.downstream import measure_nats
+from sae_jax.evals.downstream import Nats, measure_nats
 from sae_jax.evals.family import ComputeLaw, Family, fit_law, read_family
 from sae_jax.evals.figures import (
     Array,
@@ -42,7 +42,6 @@ from sae_jax.evals.figures import (
     make_figure,
     make_points,
     make_table,
-    mean_figure,
 )
 
 READS = ("sequences", "family")
@@ -77,36 +76,34 @@ def compute(context: Context, config: EvaluateConfig) -> dict[str, Any]:
         return make_figure(value, None, len(error_n), "models")
 
     return {
-        **_place(law, family, nats["sae"], nats["clean"]),
+        **_place(law, family, nats),
         "family_points": of_family(len(error_n)),
         "family_fit_error": of_family(float(np.abs(error_n).max())),
         "family_floor": of_family(law.floor),
         "family_exponent": of_family(law.exponent),
-        **_show(law, family, float(nats["sae"].mean()), float(nats["clean"].mean())),
+        **_show(law, family, nats.mean("sae"), nats.mean("clean")),
     }
 
 
-def _place(
-    law: ComputeLaw, family: Family, sae_st: Array, clean_st: Array
-) -> dict[str, Figure]:
+def _place(law: ComputeLaw, family: Family, nats: Nats) -> dict[str, Figure]:
     """Where the losses lie by the law, or the bounds where it does not say."""
     smallest, largest = float(family.computes_n[0]), float(family.computes_n[-1])
-    ce_sae, ce_clean = float(sae_st.mean()), float(clean_st.mean())
+    ce_sae, ce_clean = nats.mean("sae"), nats.mean("clean")
     at_sae, at_clean = law.compute_of(ce_sae), law.compute_of(ce_clean)
     figures = {}
 
     def bound(name: str, value: float) -> None:
-        figures[name] = make_figure(value, None, sae_st.size, "tokens")
+        figures[name] = make_figure(value, None, nats.n_tokens, "tokens")
 
     def carry(name: str, value: float, change_st: Array) -> None:
         bound(name, value)
-        ci95 = mean_figure(change_st, "tokens")["ci95"]
+        ci95 = nats.average(change_st)["ci95"]
         ci95 = ci95 and ci95 / law.exponent / math.log(10)
         log10 = math.log10(value)
-        figures[f"log10_{name}"] = make_figure(log10, ci95, sae_st.size, "tokens")
+        figures[f"log10_{name}"] = make_figure(log10, ci95, nats.n_tokens, "tokens")
 
     # d log C = -1/b d log(loss - E): what each token moves log C by, but for -1/b.
-    change_sae_st = sae_st / (ce_sae - law.floor)
+    change_sae_st = nats["sae"] / (ce_sae - law.floor)
     if ce_sae > np.max(family.losses_n):
         bound("equivalent_compute_at_most", smallest)
         if math.isfinite(at_clean) and ce_clean < np.max(family.losses_n):
@@ -116,7 +113,7 @@ def _place(
     else:
         carry("equivalent_compute", at_sae, change_sae_st)
         if math.isfinite(at_clean):
-            change_clean_st = clean_st / (ce_clean - law.floor)
+            change_clean_st = nats["clean"] / (ce_clean - law.floor)
             change_st = change_sae_st - change_clean_st
             carry("equivalent_compute_share", at_sae / at_clean, change_st)
     read_at = [at for at in (at_sae, at_clean) if math.isfinite(at)]

@@ -4,8 +4,8 @@ Held-out contexts are split in two halves in store order, so that all documents 
 are on one side. On the first half latents are explained by Neuron2Graph
 (`sae_jax.evals.n2g`): `config.explained_latents` of those that fire there, drawn by the
 seed, each from up to 16 tokens on which it fires, evenly spaced by rank from the
-weakest activation to the strongest. On every token of the second half an explanation
-predicts whether its latent fires:
+weakest activation to the strongest. On every row of the second half, that is on its
+token, an explanation predicts whether its latent fires:
 
     precision = hits / predicted                mean over latents ever predicted
     recall    = hits / fired                    mean over latents that fire there
@@ -45,6 +45,7 @@ from sae_jax.evals.figures import (
 from sae_jax.evals.firings import Firings, count_firings, find_firings, join_firings
 from sae_jax.evals.n2g import Peaks, find_patterns
 from sae_jax.evals.patterns import ANY, Pattern, Trie
+from sae_jax.evals.positions import Positions, read_positions
 from sae_jax.evals.simulation import Explained
 from sae_jax.subjects import Subject
 
@@ -76,7 +77,6 @@ _PATTERNS_SHOWN = 4
 _VISIBLE = str.maketrans({"\n": "↵", "\t": "⇥"})
 
 Ints = NDArray[np.int64]
-Tokens = NDArray[np.int32]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,13 +101,14 @@ def compute(context: Context, config: EvaluateConfig) -> dict[str, Any]:
         find_firings(context, sequences, latents_n, config.batch_rows, "explanations")
         for sequences in (half, other)
     )
-    tokens_st, others_st = map(context.store.read_tokens, (half, other))
-    peaks = _choose_peaks(known, latents_n, tokens_st.shape[1])
-    patterns = _group(find_patterns(context, tokens_st, peaks), peaks, latents_n)
+    from_half, from_other = (read_positions(context.store, s) for s in (half, other))
+    peaks = _choose_peaks(known, latents_n, context.store.context_length)
+    patterns = _group(find_patterns(context, from_half, peaks), peaks, latents_n)
     tries = [Trie(of_latent) for of_latent in patterns]
-    simulated = _predict(tries, others_st)
-    n2g = _score(simulated, tested)
-    unigram = _score(_predict_unigrams(known, tokens_st, others_st), tested)
+    simulated = _predict(tries, from_other)
+    n2g = _score(simulated, tested, from_other)
+    unigrams = _predict_unigrams(known, from_half, from_other)
+    unigram = _score(unigrams, tested, from_other)
     measured: dict[str, Any] = {
         **_describe_scores("n2g", n2g),
         **_describe_scores("unigram", unigram),
@@ -117,7 +118,7 @@ def compute(context: Context, config: EvaluateConfig) -> dict[str, Any]:
         "explained_latents": _tabulate(context.subject, latents_n, patterns, n2g),
     }
     if len(latents_n) == len(drawn):
-        predicted = _predict(tries, tokens_st)
+        predicted = _predict(tries, from_half).at(from_half.is_row_st.ravel())
         explained = Explained(latents_n, half, other, known, predicted, simulated)
         measured |= simulation.compute(context, config, explained)
     return measured
@@ -160,20 +161,22 @@ def _group(
     return list(of_latent.values())
 
 
-def _predict(tries: Sequence[Trie], tokens_st: Tokens) -> Firings:
-    """What explanations predict in contexts [S, T]."""
+def _predict(tries: Sequence[Trie], positions: Positions) -> Firings:
+    """What explanations predict in contexts, whether or not there is a row."""
 
     def predict(trie: Trie) -> Any:
-        values_r = trie.predict(tokens_st).reshape(-1)
+        values_r = trie.predict(positions.tokens_st).reshape(-1)
         rows = np.flatnonzero(values_r)
         return rows, values_r[rows]
 
     return join_firings(map(predict, tries))
 
 
-def _predict_unigrams(known: Firings, tokens_st: Tokens, others_st: Tokens) -> Firings:
+def _predict_unigrams(
+    known: Firings, half: Positions, other: Positions
+) -> Firings:
     """Every place of the token on which each latent fired most often."""
-    tokens_r, others_r = tokens_st.reshape(-1), others_st.reshape(-1)
+    tokens_r, others_r = half.tokens_st.reshape(-1), other.tokens_st.reshape(-1)
 
     def predict(index: int) -> Any:
         tokens, counts = np.unique(tokens_r[known.of(index)[0]], return_counts=True)
@@ -183,7 +186,9 @@ def _predict_unigrams(known: Firings, tokens_st: Tokens, others_st: Tokens) -> F
     return join_firings(map(predict, range(len(known.counts_n))))
 
 
-def _score(predicted: Firings, fired: Firings) -> Scores:
+def _score(predicted: Firings, fired: Firings, positions: Positions) -> Scores:
+    """What is predicted where there is no row is neither right nor wrong."""
+    predicted = predicted.at(positions.is_row_st.ravel())
     hits = [
         len(np.intersect1d(predicted.of(i)[0], fired.of(i)[0], assume_unique=True))
         for i in range(len(fired.counts_n))

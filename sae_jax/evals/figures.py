@@ -7,7 +7,7 @@ sampling. With n_s and d_s the sums over context s, out of S contexts,
 
 the linearised variance of a ratio under cluster sampling (Cochran, "Sampling
 Techniques", 3rd edition, section 6.3), and the interval is that of Student's t with
-S - 1 degrees of freedom. A mean is the ratio to the number of rows.
+S - 1 degrees of freedom. A mean is the ratio to the number of rows or tokens.
 """
 
 import math
@@ -35,11 +35,10 @@ def average_figure(values_n: ArrayLike, unit: str) -> Figure:
     return ratio_figure(numbers_n, np.ones_like(numbers_n), len(numbers_n), unit)
 
 
-def mean_figure(values_st: Array, unit: str) -> Figure:
-    """The mean over all of [contexts, positions]."""
-    n_contexts, n_positions = values_st.shape
-    counts_s = np.full(n_contexts, n_positions, np.float64)
-    return ratio_figure(values_st.sum(axis=1), counts_s, values_st.size, unit)
+def mean_figure(values_st: Array, counts_st: NDArray[np.bool_], unit: str) -> Figure:
+    """The mean over those of [contexts, positions] that count; others must be 0."""
+    counts_s = counts_st.sum(axis=1).astype(np.float64)
+    return ratio_figure(values_st.sum(axis=1), counts_s, int(counts_st.sum()), unit)
 
 
 def ratio_figure(

@@ -1,7 +1,8 @@
 """On which rows of some contexts latents fire, and how strongly.
 
 A latent fires on a row where its value in the row's code is above 0. Rows are numbered
-in the order of the contexts given: position t of context s is row s T + t.
+in the order of the contexts given: position t of context s is row s T + t. Positions
+that are no rows of the store have a number too, and nothing fires there.
 """
 
 import contextlib
@@ -32,6 +33,14 @@ class Firings:
         """The rows on which the latent at this place of the list fires, and values."""
         part = slice(self.starts_n[index], self.starts_n[index + 1])
         return self.rows_f[part], self.values_f[part]
+
+    def at(self, is_wanted_r: NDArray[np.bool_]) -> "Firings":
+        """Those on rows that are wanted."""
+        is_kept_f = is_wanted_r[self.rows_f]
+        before_f = np.concatenate([[0], np.cumsum(is_kept_f)])
+        return Firings(
+            before_f[self.starts_n], self.rows_f[is_kept_f], self.values_f[is_kept_f]
+        )
 
     @property
     def counts_n(self) -> Ints:
@@ -92,7 +101,7 @@ def _iterate_fired(
             is_fired_bk = (values_bk > 0) & np.asarray(mask_b)[:, None]
             rows = n_rows + np.nonzero(is_fired_bk)[0]
             yield rows, indices_bk[is_fired_bk], values_bk[is_fired_bk]
-            n_rows += int(np.sum(mask_b))
+            n_rows += len(rows_bd)
 
 
 def _encode(sae: Sae, rows_bd: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -38,12 +38,8 @@ def _check_sizes(
     context: Context, config: EvaluateConfig, metrics: Sequence[str]
 ) -> None:
     store, usual = context.store, EvaluateConfig()
-    n_rows, n_positions = store.rows("heldout"), store.context_length
-    available = {
-        "rows": n_rows,
-        "sequences": n_rows // n_positions,
-        "explanation_rows": n_rows,
-    }
+    n_rows, n_contexts = store.rows("heldout"), len(store.sequences("heldout"))
+    available = {"rows": n_rows, "sequences": n_contexts, "explanation_rows": n_rows}
     for name, most in available.items():
         asked = getattr(config, name)
         if asked > most and asked != getattr(usual, name):
@@ -52,15 +48,15 @@ def _check_sizes(
                 f"{'contexts' if name == 'sequences' else 'rows'}: ask for no more, or "
                 "harvest more text"
             )
-    if "explanations" in metrics and n_rows < 2 * n_positions:
+    if "explanations" in metrics and n_contexts < 2:
         raise ValueError(
             f"{store.path} has {n_rows} held-out rows, which is one context: "
             "explanations need two, one to explain from and one to test on"
         )
-    if "ablation" in metrics and config.ablation_horizon > n_positions:
+    if "ablation" in metrics and config.ablation_horizon > store.context_length:
         raise ValueError(
             f"ablation_horizon = {config.ablation_horizon}: the contexts of "
-            f"{store.path} have {n_positions} tokens: lower it"
+            f"{store.path} have {store.context_length} tokens: lower it"
         )
     if config.task_rows < LEAST_TASK_ROWS:
         raise ValueError(

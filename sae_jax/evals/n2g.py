@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from sae_jax.evals.context import Context, Sae
 from sae_jax.evals.patterns import ANY, Pattern
+from sae_jax.evals.positions import Positions
 from sae_jax.mesh import DATA, LATENT, replicated
 from sae_jax.progress import Progress
 from sae_jax.subjects import Subject
@@ -58,10 +59,11 @@ class Peaks:
 
 
 def find_patterns(
-    context: Context, tokens_st: Tokens, peaks: Peaks
+    context: Context, positions: Positions, peaks: Peaks
 ) -> list[Pattern | None]:
-    """The pattern of each peak in contexts [S, T]; None where no suffix suffices."""
-    padding = _choose_padding(context.subject, tokens_st)
+    """The pattern of each peak in these contexts; None where no suffix suffices."""
+    tokens_st = positions.tokens_st
+    padding = _choose_padding(context.subject, tokens_st[positions.is_row_st])
     reader = _Reader(context)
     patterns: list[Pattern | None] = [None] * len(peaks.acts_n)
     waiting_n = np.arange(len(peaks.acts_n))
@@ -92,12 +94,12 @@ def find_patterns(
     return patterns
 
 
-def _choose_padding(subject: Subject, tokens_st: Tokens) -> tuple[int, int]:
+def _choose_padding(subject: Subject, tokens_n: Tokens) -> tuple[int, int]:
     """A token that means little, and one to take its place where it stands itself.
 
-    Where the text has no such token, those are the two most frequent.
+    Where the text has no such token, those are the two most frequent of these.
     """
-    tokens, counts = np.unique(tokens_st, return_counts=True)
+    tokens, counts = np.unique(tokens_n, return_counts=True)
     frequent = tokens[np.argsort(-counts, kind="stable")]
     texts = subject.decode_tokens(frequent)
     preferred = [frequent[texts.index(text)] for text in _PADDING if text in texts]

@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae_jax.evals.figures import Array
+from sae_jax.evals.positions import NO_TOKEN
 
+_NO_KEY = -1  # of a run with padding; so is that of what comes before it
 _UNCOUNTED = 10  # one in so many contexts, the last ones, is left for λ
 _STEPS = 30
 
@@ -27,18 +29,23 @@ Tokens = NDArray[np.int32]
 def predict_tokens(
     train_st: Tokens, tokens_st: Tokens, vocab_size: int, longest: int
 ) -> list[Array]:
-    """log p_n of every token after the first, [S, T - 1], for n = 1 to `longest`."""
+    """log p_n of every token after the first, [S, T - 1], for n = 1 to `longest`.
+
+    Where a context has no token (NO_TOKEN) nothing is counted, and log p says nothing.
+    """
     n_counted = len(train_st) - max(1, len(train_st) // _UNCOUNTED)
     counted_st, uncounted_st = train_st[:n_counted], train_st[n_counted:]
     known, wanted = (
         np.full((len(texts), texts.shape[1] - 1), 1 / vocab_size)
         for texts in (uncounted_st, tokens_st)
     )
+    is_text_st = (uncounted_st[:, 1:] != NO_TOKEN) & (uncounted_st[:, :-1] != NO_TOKEN)
     log_p = []
     for n in range(1, longest + 1):
         counts = _count(counted_st, n, vocab_size)
-        lambda_c = _fit(known, *counts.look_up(uncounted_st))
-        known = _mix(lambda_c, known, *counts.look_up(uncounted_st))
+        shares_st, before_st = counts.look_up(uncounted_st)
+        lambda_c = _fit(*(part[is_text_st] for part in (known, shares_st, before_st)))
+        known = _mix(lambda_c, known, shares_st, before_st)
         wanted = _mix(lambda_c, wanted, *counts.look_up(tokens_st))
         log_p.append(np.log(wanted))
     return log_p
@@ -67,7 +74,8 @@ class _Counts:
 
 
 def _count(tokens_st: Tokens, n: int, vocab_size: int) -> _Counts:
-    keys = _make_keys(tokens_st, n, vocab_size).reshape(-1)
+    keys_st = _make_keys(tokens_st, n, vocab_size)
+    keys = keys_st[keys_st != _NO_KEY]
     grams = np.unique(keys, return_counts=True)
     before = np.unique(keys // vocab_size, return_counts=True)
     return _Counts(n, vocab_size, grams, before)
@@ -77,9 +85,12 @@ def _make_keys(tokens_st: Tokens, n: int, vocab_size: int) -> NDArray[np.int64]:
     """One number for each run of n tokens, [S, T - n + 1]."""
     n_runs = tokens_st.shape[1] - n + 1
     keys_st = np.zeros((len(tokens_st), n_runs), np.int64)
+    is_text_st = np.ones(keys_st.shape, bool)
     for i in range(n):
-        keys_st = keys_st * vocab_size + tokens_st[:, i : i + n_runs]
-    return keys_st
+        token_st = tokens_st[:, i : i + n_runs]
+        keys_st = keys_st * vocab_size + token_st
+        is_text_st &= token_st != NO_TOKEN
+    return np.where(is_text_st, keys_st, _NO_KEY)
 
 
 def _find(
@@ -92,17 +103,15 @@ def _find(
     return np.where(known[found_st] == keys_st, of_known[found_st], 0)
 
 
-def _fit(lower_st: Array, shares_st: Array, before_st: NDArray[np.int64]) -> Array:
+def _fit(lower_n: Array, shares_n: Array, before_n: NDArray[np.int64]) -> Array:
     """The λ of each class of c(h) under which these tokens are likeliest."""
-    classes_st = _classify(before_st)
-    tokens_c = np.bincount(classes_st.reshape(-1), minlength=64)
+    classes_n = _classify(before_n)
+    tokens_c = np.bincount(classes_n, minlength=64)
     lambda_c = np.full(64, 0.5)
     for _ in range(_STEPS):
-        from_counts_st = lambda_c[classes_st] * shares_st
-        total_st = from_counts_st + (1 - lambda_c[classes_st]) * lower_st
-        sums_c = np.bincount(
-            classes_st.reshape(-1), (from_counts_st / total_st).reshape(-1), 64
-        )
+        from_counts_n = lambda_c[classes_n] * shares_n
+        total_n = from_counts_n + (1 - lambda_c[classes_n]) * lower_n
+        sums_c = np.bincount(classes_n, from_counts_n / total_n, 64)
         lambda_c = sums_c / np.maximum(tokens_c, 1)
     return lambda_c
 

@@ -1,9 +1,9 @@
 """Places in held-out contexts, with their rows and codes.
 
-A place is a position of a held-out context, drawn by the seed: at most one of a context
+A place is a row of a held-out context, drawn by the seed: at most one of a context
 while there are contexts left. The context is cut to the 64 tokens before the place, and
-the tokens from the place on whose predictions are looked at; the row is that of the cut
-context.
+the tokens from the place on whose predictions are looked at, none of which is padding;
+the row is that of the cut context.
 
 Axes: P places, B of them in a batch, W tokens of the cut context, K latents of a code.
 """
@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from sae_jax.evals.config import EvaluateConfig
-from sae_jax.evals.context import Context, Sae, choose_sequences
+from sae_jax.evals.context import Context, Sae, choose_until
 from sae_jax.evals.figures import Array
+from sae_jax.evals.positions import Positions, read_positions
 from sae_jax.mesh import DATA, LATENT, replicated
 from sae_jax.subjects import Subject
 
@@ -82,16 +84,27 @@ def _draw_places(
     context: Context, config: EvaluateConfig
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Sequences and positions; `ablation_horizon` tokens begin at each position."""
-    n_positions = context.store.context_length - config.ablation_horizon + 1
-    sequences = choose_sequences(context, config.ablated_tokens)
-    n_each = min(-(-config.ablated_tokens // len(sequences)), n_positions)
-    drawn_sn = [
-        make_rng(context, sequence).permutation(n_positions)[:n_each]
-        for sequence in sequences
-    ]
-    n_places = min(config.ablated_tokens, n_each * len(sequences))
-    positions_p = np.stack(drawn_sn, axis=1).reshape(-1)[:n_places]
-    return np.tile(sequences, n_each)[:n_places], positions_p
+    horizon, wanted = config.ablation_horizon, config.ablated_tokens
+
+    def has_place(positions: Positions) -> NDArray[np.bool_]:
+        return np.any(_find_places(positions, horizon), axis=1, keepdims=True)
+
+    sequences = choose_until(context, wanted, 1, has_place)
+    is_place_sn = _find_places(read_positions(context.store, sequences), horizon)
+    ranked = []
+    for sequence, is_place_n in zip(sequences, is_place_sn, strict=True):
+        drawn = make_rng(context, sequence).permutation(len(is_place_n))
+        ranked += [(i, sequence, n) for i, n in enumerate(drawn[is_place_n[drawn]])]
+    # The first of every context, then the second of each, and so on.
+    ranked.sort(key=lambda place: place[0])
+    _, sequences_p, positions_p = np.array(ranked[:wanted], np.int64).reshape(-1, 3).T
+    return sequences_p, positions_p
+
+
+def _find_places(positions: Positions, horizon: int) -> NDArray[np.bool_]:
+    """Which positions are rows, and begin `horizon` tokens, [S, T - horizon + 1]."""
+    is_whole_sn = sliding_window_view(positions.is_real_st, horizon, axis=1).all(-1)
+    return is_whole_sn & positions.is_row_st[:, : is_whole_sn.shape[1]]
 
 
 def _read_rows(

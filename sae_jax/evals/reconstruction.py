@@ -57,18 +57,29 @@ MEANINGS = {
 def compute(context: Context, config: EvaluateConfig) -> dict[str, Any]:
     """The figures above, all over the same held-out rows."""
     rows = measure_rows(context, config)
-    fvu = make_figure(float(rows.fvu_n.mean()), None, len(rows.fvu_n), "batches")
+
+    def mean(values_st: Array) -> Figure:
+        return mean_figure(values_st, rows.is_row_st, "rows")
+
     return {
-        "nmse": _ratio(rows.error_st, rows.variation_st),
-        "nmse_raw": _ratio(rows.error_raw_st, rows.variation_raw_st),
+        "nmse": _ratio(rows, rows.error_st, rows.variation_st),
+        "nmse_raw": _ratio(rows, rows.error_raw_st, rows.variation_raw_st),
         "mse_over_power": _mean_quotient(rows.error_raw_st, rows.power_raw_st),
-        "fvu_batch": fvu,
-        "cosine": mean_figure(rows.cosine_st, "rows"),
+        **_average_batches(rows),
+        "cosine": mean(rows.cosine_st),
         **_explained(rows),
         **_shrinkage(rows),
-        "l0": mean_figure(rows.l0_st, "rows"),
-        "l0_cut": mean_figure(rows.n_cut_st, "rows"),
+        "l0": mean(rows.l0_st),
+        "l0_cut": mean(rows.n_cut_st),
     }
+
+
+def _average_batches(rows: RowMeasures) -> dict[str, Figure]:
+    n_batches = len(rows.fvu_n)
+    if not n_batches:
+        return {}
+    mean = float(rows.fvu_n.mean())
+    return {"fvu_batch": make_figure(mean, None, n_batches, "batches")}
 
 
 def _explained(rows: RowMeasures) -> dict[str, Any]:
@@ -94,12 +105,12 @@ def _shrinkage(rows: RowMeasures) -> dict[str, Figure]:
     most = math.sqrt(rows.recon_variation_st.sum() * rows.variation_st.sum())
     if abs(rows.covariation_st.sum()) <= _LEAST_CORRELATION * most:
         return {}
-    return {"shrinkage": _ratio(rows.recon_variation_st, rows.covariation_st)}
+    return {"shrinkage": _ratio(rows, rows.recon_variation_st, rows.covariation_st)}
 
 
-def _ratio(numerator_st: Array, denominator_st: Array) -> Figure:
+def _ratio(rows: RowMeasures, numerator_st: Array, denominator_st: Array) -> Figure:
     return ratio_figure(
-        numerator_st.sum(axis=1), denominator_st.sum(axis=1), numerator_st.size, "rows"
+        numerator_st.sum(axis=1), denominator_st.sum(axis=1), rows.n_rows, "rows"
     )
 
 

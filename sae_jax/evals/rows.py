@@ -25,20 +25,24 @@ from sae_jax.mesh import replicated
 
 Array = NDArray[np.float64]
 
+_OF_BATCHES = ("fvu", "varies", "error_raw_d", "variation_raw_d")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowMeasures:
     """Figures of each row [contexts, positions], of each batch, and firing counts.
 
-    Squares are summed over D: `error` is |x̂ - x|^2, `variation` is |x - mean of the
-    data|^2, both in the SAE's space, or with `_raw` in activation space; `power_raw`
-    is |x|^2. `recon_variation` is |x̂ - m|^2 and `covariation` (x̂ - m)·(x - m) about
-    the mean m of the data, in the SAE's space. `cosine` is 0 where x or x̂ is 0.
-    `n_cut` counts active latents that the code has no room for. `fvu_n` has one entry
-    a batch; `error_raw_d` and `variation_raw_d` are summed over rows instead of D. A
-    latent fires where its value is above 0.
+    At positions that are no rows figures are 0. Squares are summed over D: `error` is
+    |x̂ - x|^2, `variation` is |x - mean of the data|^2, both in the SAE's space, or
+    with `_raw` in activation space; `power_raw` is |x|^2. `recon_variation` is
+    |x̂ - m|^2 and `covariation` (x̂ - m)·(x - m) about the mean m of the data, in the
+    SAE's space. `cosine` is 0 where x or x̂ is 0. `n_cut` counts active latents that
+    the code has no room for. `fvu_n` has one entry a batch, but for batches whose rows
+    do not vary; `error_raw_d` and `variation_raw_d` are summed over rows instead of D.
+    A latent fires where its value is above 0.
     """
 
+    is_row_st: NDArray[np.bool_]
     error_st: Array
     variation_st: Array
     error_raw_st: Array
@@ -56,7 +60,7 @@ class RowMeasures:
 
     @property
     def n_rows(self) -> int:
-        return self.error_st.size
+        return int(self.is_row_st.sum())
 
 
 def measure_rows(context: Context, config: EvaluateConfig) -> RowMeasures:
@@ -80,16 +84,18 @@ def _measure(context: Context, config: EvaluateConfig) -> RowMeasures:
     ) as rows:
         for rows_bd, mask_b in rows:
             measures, counts_l = measure_batch(sae, rows_bd, mask_b, means, counts_l)
-            batches.append(jax.device_get(measures))
-    n_rows = len(sequences) * n_positions
-    per_row = {
-        f"{name}_st": _concatenate(batches, name)[:n_rows].reshape(-1, n_positions)
+            batches.append(jax.device_get(measures) | {"is_row": np.asarray(mask_b)})
+    n_here = len(sequences) * n_positions  # behind it the last batch is filled up
+    all_st = {
+        name: _concatenate(batches, name)[:n_here].reshape(-1, n_positions)
         for name in batches[0]
-        if name not in ("fvu", "error_raw_d", "variation_raw_d")
+        if name not in _OF_BATCHES
     }
+    is_row_st = all_st.pop("is_row") > 0
     return RowMeasures(
-        **per_row,
-        fvu_n=_concatenate(batches, "fvu"),
+        is_row_st=is_row_st,
+        **{f"{name}_st": np.where(is_row_st, v, 0) for name, v in all_st.items()},
+        fvu_n=_concatenate(batches, "fvu")[_concatenate(batches, "varies") > 0],
         error_raw_d=_sum(batches, "error_raw_d"),
         variation_raw_d=_sum(batches, "variation_raw_d"),
         counts_l=np.asarray(counts_l, np.int64),
@@ -102,10 +108,11 @@ def _find_means(
     """The mean row [D] in the SAE's space and in activation space."""
     sum_batch = jax.jit(_sum_batch, out_shardings=replicated(context.mesh))
     total: Any = 0
+    n_rows = 0
     for rows_bd, mask_b in iterate_rows(context, sequences, batch_rows):
         sums = jax.device_get(sum_batch(context.sae, rows_bd, mask_b))
         total = total + np.asarray(sums, np.float64)
-    n_rows = len(sequences) * context.store.context_length
+        n_rows += int(np.sum(mask_b))
     mean_d, mean_raw_d = (total / n_rows).astype(np.float32)
     return jnp.asarray(mean_d), jnp.asarray(mean_raw_d)
 
@@ -138,6 +145,7 @@ def _measure_batch(
     norms_b = jnp.sqrt(power_raw_b) * jnp.sqrt(_sum_squares(recon_bd))
     batch_mean_d = jnp.mean(raw_bd, axis=0, where=mask_b[:, None])
     variation_b = _sum_squares(raw_bd - batch_mean_d)
+    variation = jnp.sum(variation_b, where=mask_b)
     return {
         "error": _sum_squares((recon_bd - raw_bd) / scale_b1),
         "variation": _sum_squares(centred_bd),
@@ -149,8 +157,8 @@ def _measure_batch(
         "cosine": jnp.sum(recon_bd * raw_bd, axis=1) / jnp.where(norms_b, norms_b, 1),
         "l0": jnp.sum(fired_bk, axis=1),
         "n_cut": code.n_cut[:, 0],
-        "fvu": jnp.sum(error_raw_b, where=mask_b, keepdims=True)
-        / jnp.sum(variation_b, where=mask_b),
+        "fvu": jnp.sum(error_raw_b, where=mask_b, keepdims=True) / variation,
+        "varies": (variation != 0)[None],
         "error_raw_d": _sum_rows((recon_bd - raw_bd) ** 2, is_real_b1),
         "variation_raw_d": _sum_rows((raw_bd - mean_raw_d) ** 2, is_real_b1),
     }, counts_l.at[code.indices].add(fired_bk.astype(jnp.int32))

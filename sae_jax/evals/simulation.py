@@ -12,8 +12,9 @@ does (`tested_ce_simulated`); or it takes their means over the contexts explaine
 so that nothing is known of a row but its patterns (`tested_ce_patterns_alone`).
 
 All figures are cross-entropies, in nats for each predicted token, over the same
-contexts: up to `config.sequences` of those that explanations are tested on. The n-gram
-models (`sae_jax.evals.ngrams`) are of the store's train tokens.
+contexts: up to `config.sequences` of those that explanations are tested on. Where the
+store has no rows, as at excluded tokens, the site is left as it is. The n-gram models
+(`sae_jax.evals.ngrams`) are of the store's train tokens.
 
 Source: Gao et al. 2024 (arXiv:2406.04093), section 4.4.
 """
@@ -31,10 +32,16 @@ from numpy.typing import NDArray
 
 from sae_jax.evals.config import EvaluateConfig
 from sae_jax.evals.context import Context, Sae, iterate_rows, iterate_tokens
-from sae_jax.evals.downstream import ablate, reconstruct
-from sae_jax.evals.figures import Array, Figure, mean_figure
+from sae_jax.evals.downstream import ablate, keep_predicted, reconstruct
+from sae_jax.evals.figures import Array, Figure
 from sae_jax.evals.firings import Firings
 from sae_jax.evals.ngrams import predict_tokens
+from sae_jax.evals.positions import (
+    list_excluded,
+    put_at_rows,
+    read_positions,
+    read_real_tokens,
+)
 from sae_jax.mesh import DATA, LATENT, replicated
 from sae_jax.saes.code import SparseCode
 from sae_jax.subjects import Subject, next_token_loss
@@ -66,7 +73,7 @@ class Explained:
     other: Ints
     known: Firings  # in `half`
     predicted: Firings  # the same, as explanations have it
-    simulated: Firings  # what they predict in `other`
+    simulated: Firings  # what they predict in `other`, whether or not it is a row
 
 
 def compute(
@@ -76,14 +83,16 @@ def compute(
     n_tested = len(explained.other)
     drawn = np.random.default_rng(context.seed).permutation(n_tested)
     tested = np.sort(drawn[: config.sequences])
-    nats = _splice(context, config, explained, tested)
-    nats |= _predict(context, explained.other[tested])
+    sequences = explained.other[tested]
+    by_kind = _splice(context, config, explained, tested)
+    by_kind |= _predict(context, sequences)
+    nats = keep_predicted(by_kind, read_positions(context.store, sequences))
     figures = {
-        f"tested_ce_{name}": mean_figure(nats_st, "tokens")
-        for name, nats_st in nats.items()
+        f"tested_ce_{name}": nats.average(nats_st)
+        for name, nats_st in nats.by_kind.items()
     }
     below_st = nats["bigram"] - nats["simulated"]
-    return figures | {"simulated_below_bigram": mean_figure(below_st, "tokens")}
+    return figures | {"simulated_below_bigram": nats.average(below_st)}
 
 
 def _predict(context: Context, sequences: Ints) -> dict[str, Array]:
@@ -93,8 +102,8 @@ def _predict(context: Context, sequences: Ints) -> dict[str, Array]:
     n_train = -(-_TRAIN_TOKENS // store.context_length)
     drawn = np.random.default_rng(context.seed).permutation(train)[:n_train]
     log_p = predict_tokens(
-        store.read_tokens(np.sort(drawn)),
-        store.read_tokens(sequences),
+        read_real_tokens(store, np.sort(drawn)),
+        read_real_tokens(store, sequences),
         context.subject.vocab_size,
         len(_NGRAMS),
     )
@@ -108,6 +117,7 @@ def _splice(
     codes = _simulate(explained, tested, context.store.context_length)
     common = _average_normalization(context, explained.half, config.batch_rows)
     mean_d = jnp.asarray(context.store.statistics(context.site).mean_d, jnp.float32)
+    excluded_n = list_excluded(context.store)
     measure_batch = jax.jit(
         _measure_batch, static_argnames="site", out_shardings=replicated(context.mesh)
     )
@@ -133,6 +143,7 @@ def _splice(
                     code,
                     common,
                     mean_d,
+                    excluded_n,
                     site=context.site,
                 )
             )
@@ -190,10 +201,11 @@ def _average_normalization(
 ) -> tuple[float, float]:
     """The mean shift and scale of rows."""
     sum_batch = jax.jit(_sum_normalization, out_shardings=replicated(context.mesh))
-    total = np.zeros(2)
+    total, n_rows = np.zeros(2), 0
     for rows_bd, mask_b in iterate_rows(context, sequences, batch_rows):
         total += jax.device_get(sum_batch(context.sae, rows_bd, mask_b))
-    shift, scale = total / (len(sequences) * context.store.context_length)
+        n_rows += int(np.sum(mask_b))
+    shift, scale = total / n_rows
     return float(shift), float(scale)
 
 
@@ -210,10 +222,11 @@ def _measure_batch(
     code: list[jax.Array],
     common: tuple[float, float],
     mean_d: jax.Array,
+    excluded_n: jax.Array,
     site: str,
 ) -> dict[str, jax.Array]:
     def lose(replacement: Any) -> jax.Array:
-        replace = None if replacement is None else {site: replacement}
+        replace = {site: put_at_rows(replacement, excluded_n)} if replacement else None
         logits_btv, _ = subject.forward(tokens_bt, replace=replace)
         assert logits_btv is not None
         return next_token_loss(logits_btv, tokens_bt)

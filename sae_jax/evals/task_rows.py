@@ -2,9 +2,9 @@
 
 Examples come from the file `config.tasks`, or are made of the standard library's
 documents that the store holds out. A text is run through the subject as a context of
-the store is: without a beginning-of-sequence token, and where it is longer than the
-store's contexts in pieces, so that at least three quarters of a context, or all that
-there is, lies before what is asked about.
+the store is: behind a beginning-of-sequence token where each of the store's contexts
+begins with one, and where it is longer than these in pieces, so that at least three
+quarters of a context, or all that there is, lies before what is asked about.
 """
 
 import functools
@@ -23,6 +23,7 @@ from sae_jax.evals.config import EvaluateConfig
 from sae_jax.evals.context import Context
 from sae_jax.mesh import DATA, LATENT, replicated
 from sae_jax.progress import Progress
+from sae_jax.store import Manifest
 from sae_jax.subjects import Subject
 from sae_jax.tasks import (
     LEAST_TASK_ROWS,
@@ -88,12 +89,14 @@ def _measure(context: Context, config: EvaluateConfig) -> list[TaskRows]:
     examples = [example for drawn in by_task.values() for example in drawn]
     texts: dict[str, int] = {}
     texts_n = np.array([texts.setdefault(e.text, len(texts)) for e in examples])
+    manifest = context.store.manifest
     plan = _plan(
         context.subject.tokenizer,
         list(texts),
         texts_n,
         np.array([example.position for example in examples]),
-        context.store.context_length,
+        manifest.context_length,
+        _list_first(manifest),
     )
     acts_rd = _read_rows(context, plan, config.batch_sequences)
     task_rows, start = [], 0
@@ -164,14 +167,23 @@ def _find_examples(context: Context, config: EvaluateConfig) -> list[Example]:
     return generated.examples + generated.pairs
 
 
+def _list_first(manifest: Manifest) -> list[int]:
+    """The tokens that lead each of the store's contexts."""
+    if manifest.bos != "context" or manifest.bos_id is None:
+        return []
+    return [manifest.bos_id]
+
+
 def _plan(
     tokenizer: Tokenizer,
     texts: Sequence[str],
     texts_n: Ids,
     characters_n: Ids,
     context_length: int,
+    first: Sequence[int],
 ) -> _Plan:
-    """The contexts that hold the tokens of the characters asked about."""
+    """The contexts that hold the tokens of the characters asked about, each behind the
+    tokens `first`."""
     encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
     spans = [np.reshape(encoding.offsets, (-1, 2)) for encoding in encodings]
     tokens_n = np.array(
@@ -180,15 +192,15 @@ def _plan(
             for text, character in zip(texts_n, characters_n, strict=True)
         ]
     )
-    n_positions = min(context_length, int(tokens_n.max()) + 1)
+    n_positions = min(context_length - len(first), int(tokens_n.max()) + 1)
     # Contexts of a long text begin at multiples of a stride, so that rows share them.
     stride = max(1, n_positions // 4)
     starts_n = -(-np.maximum(0, tokens_n + 1 - n_positions) // stride) * stride
     contexts, context_n = _number(texts_n, starts_n)
-    rows, rows_n = _number(context_n, tokens_n - starts_n)
-    tokens_bt = np.zeros((len(contexts), n_positions), np.int32)
+    rows, rows_n = _number(context_n, tokens_n - starts_n + len(first))
+    tokens_bt = np.zeros((len(contexts), len(first) + n_positions), np.int32)
     for tokens_t, (text, start) in zip(tokens_bt, contexts, strict=True):
-        ids = encodings[text].ids[start : start + n_positions]
+        ids = [*first, *encodings[text].ids[start : start + n_positions]]
         tokens_t[: len(ids)] = ids
     return _Plan(tokens_bt, rows[:, 0], rows[:, 1], rows_n)
 

@@ -25,6 +25,7 @@ from sae_jax.evals.context import (
     iterate_rows,
     open_context,
 )
+from sae_jax.evals.positions import read_positions
 from sae_jax.mesh import LATENT, replicated
 from sae_jax.store import Store
 from sae_jax.subjects import Subject
@@ -88,7 +89,7 @@ def top_contexts(
     best_ln = np.asarray(found["sequences_ln"][latents])
     shown = np.unique(best_ln[best_ln != _NO_SEQUENCE])
     codes = _encode_sequences(context, sequences[shown], config.batch_rows)
-    n_rows = len(sequences) * store.context_length
+    n_rows = int(read_positions(store, sequences).is_row_st.sum())
     views = []
     for latent, best_n in zip(latents, best_ln, strict=True):
         contexts = []
@@ -173,7 +174,7 @@ def _sample_latents(
 def _encode_sequences(
     context: Context, sequences: NDArray[np.int64], batch_rows: int
 ) -> dict[int, Any]:
-    """(values, indices) [T, K] of each sequence."""
+    """(values, indices) [T, K] of each sequence; values are 0 where there is no row."""
 
     def encode(sae: Sae, rows_bd: jax.Array) -> tuple[jax.Array, jax.Array]:
         code = sae.encode(rows_bd.astype(jnp.float32))
@@ -184,10 +185,10 @@ def _encode_sequences(
     remaining = iter(sequences)
     for rows_bd, mask_b in iterate_rows(context, sequences, batch_rows):
         values_bk, indices_bk = jax.device_get(encode_batch(context.sae, rows_bd))
-        n_real = int(np.sum(mask_b)) // n_positions
-        for i in range(n_real):
-            rows = slice(i * n_positions, (i + 1) * n_positions)
-            codes[int(next(remaining))] = values_bk[rows], indices_bk[rows]
+        values_bk = np.where(np.asarray(mask_b)[:, None], values_bk, 0)
+        for first, sequence in zip(range(0, len(rows_bd), n_positions), remaining):
+            rows = slice(first, first + n_positions)
+            codes[int(sequence)] = values_bk[rows], indices_bk[rows]
     return codes
 
 
@@ -197,15 +198,17 @@ def _cut_context(
     values_tk, indices_tk = code
     acts_t = np.sum(values_tk, axis=1, where=indices_tk == latent)
     position = int(np.argmax(acts_t))
+    positions = read_positions(context.store, np.array([sequence]))
+    n_real = np.flatnonzero(positions.is_real_st[0])[-1] + 1
     start = max(0, position - TOKENS_BEFORE)
-    stop = position + TOKENS_AFTER + 1
-    tokens_t = context.store.read_tokens(np.array([sequence]))[0]
+    stop = min(position + TOKENS_AFTER + 1, n_real)
+    tokens = positions.tokens_st[0, start:stop]
     document = context.store.read_documents(np.array([sequence]))[0, position]
     return TopContext(
         document=context.store.document_name(int(document)),
         sequence=sequence,
         position=position,
         peak=position - start,
-        tokens=tuple(context.subject.decode_tokens(tokens_t[start:stop])),
+        tokens=tuple(context.subject.decode_tokens(tokens)),
         activations=tuple(float(value) for value in acts_t[start:stop]),
     )
