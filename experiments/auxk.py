@@ -53,7 +53,7 @@ def get_config(
     return TrainConfig(
         sae=SaeConfig(n_latents=4096, k=8, aux_coefficient=aux_coefficient),
         optimizer=OptimizerConfig(learning_rate=learning_rate, ema_decay=0.98),
-        data=DataConfig(store=store, batch_rows=256, lanes=8, window_chunks=8),
+        data=DataConfig(store=store, batch_rows=256),
         rows=153_600,
         dead_after_rows=15_360,
         seed=seed,

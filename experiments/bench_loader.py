@@ -15,8 +15,8 @@ CPU is the processor's time, of all threads, for each second; on a machine that 
 use, GB for each CPU second tells more than GB for each second. Needs 5 GB of disk and
 8 GB of memory; some 2 minutes on 2 cores.
 
-On 2 cores of a virtual machine (AMD EPYC) that nothing else used, Python 3.11, chunks of
-64 rows, four rounds with --rounds=4:
+On 2 cores of a virtual machine (AMD EPYC) that nothing else used, Python 3.11, chunks
+of 64 rows, with --rounds=4:
 
 | reader | GB | GB/s | CPU | GB per CPU second |
 |---|---|---|---|---|

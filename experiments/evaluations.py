@@ -44,7 +44,7 @@ def get_config(
             decay_rows=rows // 5,
             ema_decay=0.98,
         ),
-        data=DataConfig(store=store, batch_rows=2048, lanes=8, window_chunks=8),
+        data=DataConfig(store=store, batch_rows=2048),
         rows=rows,
         dead_after_rows=40_000,
         seed=seed,

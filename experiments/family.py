@@ -103,6 +103,7 @@ def main(argv: Sequence[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     table = Table(out / "family.csv")
     tokens_st = store.read_tokens(draw_sequences(store, 0, _SEQUENCES.value))
+    assert isinstance(subject.config, LlamaConfig)
     whole = compute_tflop(subject.config, _SUBJECT_TOKENS)
     if "default subject" not in table.rows:
         table.add("default subject", whole, measure(subject, tokens_st))

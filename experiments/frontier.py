@@ -110,7 +110,7 @@ def get_config(
         optimizer=OptimizerConfig(
             learning_rate=learning_rate, decay_rows=51_200, ema_decay=0.98
         ),
-        data=DataConfig(store=store, batch_rows=256, lanes=8, window_chunks=8),
+        data=DataConfig(store=store, batch_rows=256),
         rows=256_000,
         dead_after_rows=25_600,
         sparsity_warmup_rows=25_600 if is_penalised else 0,

@@ -46,7 +46,7 @@ def get_config(
         optimizer=OptimizerConfig(
             learning_rate=3e-3, decay_rows=51_200, ema_decay=0.98
         ),
-        data=DataConfig(store=store, batch_rows=256, lanes=8, window_chunks=8),
+        data=DataConfig(store=store, batch_rows=256),
         rows=256_000,
         dead_after_rows=25_600,
         seed=seed,
@@ -64,7 +64,8 @@ def measure(store: str) -> Callable[..., Figures]:
     opened = sae_jax.open_store(store)
     start, _ = opened.shards("heldout")[0]
     site = opened.site(None)
-    acts = opened.read(site, start, start + 2 * HELDOUT_ROWS).astype(np.float32)
+    rows = opened.read_ranges(site, [(start, 2 * HELDOUT_ROWS)])
+    acts = rows.astype(np.float32)
     fitted_on, measured_on = jnp.asarray(acts[::2]), jnp.asarray(acts[1::2])
 
     def figures(sae: Any, *run: Any) -> Figures:

@@ -50,7 +50,7 @@ def get_config(
         optimizer=OptimizerConfig(
             learning_rate=3e-3, decay_rows=rows // 5, ema_decay=0.98
         ),
-        data=DataConfig(store=store, batch_rows=BATCH_ROWS, lanes=8, window_chunks=8),
+        data=DataConfig(store=store, batch_rows=BATCH_ROWS),
         rows=rows,
         dead_after_rows=20_000,
         seed=seed,

@@ -80,7 +80,8 @@ def start(
                     print_header(list(figures))
                 print_row([_cell(value) for value in figures.values()])
                 results.append(dataclasses.asdict(shape) | figures)
-        print(json.dumps(_setting() | {"repeats": repeats.value, "results": results}))
+        figures = {"repeats": repeats.value, "results": results}
+        print(json.dumps(describe_setting() | figures))
 
     app.run(main)
 
@@ -171,7 +172,8 @@ def _shapes(chosen: Mapping[str, tuple[int, ...]]) -> Iterable[Shape]:
     return itertools.starmap(Shape, itertools.product(*axes))
 
 
-def _setting() -> Figures:
+def describe_setting() -> Figures:
+    """What ran, on what and with which versions: how each report begins."""
     name = Path(sys.argv[0]).name
     return {
         "benchmark": name,

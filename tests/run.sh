@@ -14,7 +14,7 @@ if [ "${1:-}" = --full ]; then
   # Pinned so that a CPU build of this version in pip's find-links or extra index, which
   # ranks above the plain one, is taken: the plain one brings gigabytes of CUDA on Linux.
   # By pip, because that configuration is pip's.
-  prepare_environment pip test,torch,tpu torch==2.13.0
+  prepare_environment pip test,text,torch,tpu torch==2.13.0
   export PYTHONPATH="$root/tests${PYTHONPATH:+:$PYTHONPATH}"
   set -- -p refuse_skips "$@"
 else

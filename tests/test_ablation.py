@@ -46,72 +46,112 @@ def _values(measured):
     return {name: part["value"] for name, part in measured.items() if "value" in part}
 
 
+@pytest.fixture(scope="module")
+def holed(subject, tmp_path_factory):
+    path = tmp_path_factory.mktemp("holes") / "store"
+    return planted.write_holed_store(path, subject)
+
+
+@pytest.mark.parametrize(("which", "horizon"), [("store", HORIZON), ("holed", 5)])
 @pytest.mark.parametrize(
     ("kind", "tokens_before"), [("none", 64), ("center_unit_norm", 2)]
 )
-def test_it_is_that_of_numpy(subject, store, monkeypatch, kind, tokens_before):
+def test_it_is_that_of_numpy(
+    subject, which, horizon, monkeypatch, kind, tokens_before, request
+):
     monkeypatch.setattr(places, "_TOKENS_BEFORE", tokens_before)
-    params = planted.random_params()
-    measured = _measure(planted.make_sae(params, kind=kind), subject, store)
-    want = _measure_slowly(subject, store, params, kind, tokens_before)
-    values = _values(measured)
-    for name, by_place in want.items():
-        mean = np.concatenate(by_place).mean()
+    store, params = request.getfixturevalue(which), planted.random_params()
+    config = dataclasses.replace(EVERYWHERE, ablation_horizon=horizon)
+    measured = _measure(planted.make_sae(params, kind=kind), subject, store, config)
+    want = _measure_slowly(subject, store, params, kind, tokens_before, horizon)
+    values, n_places = _values(measured), len(_list_places(store, horizon))
+    for name, by_context in want.items():
+        by_context = [np.array(terms) for terms in by_context.values()]
+        mean = np.concatenate(by_context).mean()
         assert values[name] == pytest.approx(mean, rel=2e-4), name
-        assert measured[name]["samples"] == sum(map(len, by_place))
-        n_each = T - HORIZON + 1
-        by_context = [
-            np.concatenate(by_place[first : first + n_each])
-            for first in range(0, len(by_place), n_each)
-        ]
+        assert measured[name]["samples"] == sum(map(len, by_context))
         total_s, count_s = (
             np.array([of(terms) for terms in by_context], float) for of in (np.sum, len)
         )
         ci95 = ratio_figure(total_s, count_s, 0, "")["ci95"]
         assert measured[name]["ci95"] == pytest.approx(ci95, rel=2e-3), name
     assert values["ablation_no_effect"] == 0
-    assert measured["ablation_no_effect"]["samples"] > 3 * N_PLACES
+    assert measured["ablation_no_effect"]["samples"] > 3 * n_places
     assert values.keys() == ablation.MEANINGS.keys()
 
 
-def _measure_slowly(subject, store, params, kind, tokens_before):
-    """Each figure's terms by place, in float64."""
+def _list_places(store, horizon):
+    """(sequence, position) of all rows with so many tokens from them on."""
+    _, is_real_st, is_row_st = planted.find_positions(store)
+    return [
+        (sequence, place)
+        for sequence, is_real_t, is_row_t in zip(
+            store.sequences("heldout").tolist(), is_real_st, is_row_st, strict=True
+        )
+        for place in np.flatnonzero(is_row_t).tolist()
+        if place + horizon <= is_real_t.sum()
+    ]
+
+
+def test_places_of_contexts_with_holes(subject, holed):
+    """One of each context that has any, drawn from all, before a second of one."""
+    context = open_context(planted.make_sae(planted.random_params()), subject, holed)
+    of_context = {}
+    for sequence, place in _list_places(holed, 5):
+        of_context.setdefault(sequence, set()).add(place)
+    drawn = np.random.default_rng(0).permutation(holed.sequences("heldout")).tolist()
+    with_places = [sequence for sequence in drawn if sequence in of_context]
+    assert len(with_places) < len(drawn)
+    n_all = sum(map(len, of_context.values()))
+    for wanted in (1, 5, len(with_places), len(with_places) + 3, n_all, 10_000):
+        config = dataclasses.replace(
+            EVERYWHERE, ablated_tokens=wanted, ablation_horizon=5
+        )
+        found = [(p.sequence, p.position) for p in places.read_places(context, config)]
+        assert len(set(found)) == len(found) == min(wanted, n_all)
+        assert all(place in of_context[sequence] for sequence, place in found)
+        first = [sequence for sequence, _ in found[: len(with_places)]]
+        assert sorted(first) == sorted(with_places[:wanted])
+
+
+def _measure_slowly(subject, store, params, kind, tokens_before, horizon):
+    """Each figure's terms by context, in float64."""
     mean_d = store.statistics(SITE).mean_d
-    want = {name: [] for name in ablation.MEANINGS if name != "ablation_no_effect"}
-    for sequence in store.sequences("heldout"):
+    want = {name: {} for name in ablation.MEANINGS if name != "ablation_no_effect"}
+    for sequence, place in _list_places(store, horizon):
         tokens_t = store.read_tokens([sequence])[0]
-        for place in range(T - HORIZON + 1):
-            first = max(0, place - tokens_before)
-            acts_1td = planted.rows_of(subject, tokens_t[None, first:])
-            row_d = acts_1td[0, place - first]
-            (code_l,), (recon_d,) = planted.encode(params, row_d[None], kind=kind)
-            active = np.flatnonzero(code_l)
-            rng = np.random.default_rng((0, sequence, place))
-            ablated = {"": [], "_channels": [], "_random": []}
-            for latent in active:
-                without_l = np.where(np.arange(len(code_l)) == latent, 0, code_l)
-                scale = np.linalg.norm(row_d - row_d.mean()) if kind != "none" else 1.0
-                contribution_d = scale * (code_l - without_l) @ params["w_dec_ld"]
-                ablated[""].append(row_d - contribution_d)
-            for channel in rng.permutation(D)[: len(active)]:
-                changed_d = np.where(np.arange(D) == channel, mean_d, row_d)
-                ablated["_channels"].append(changed_d)
-            for unit_d in rng.standard_normal((len(active), D)):
-                unit_d /= np.linalg.norm(unit_d)
-                ablated["_random"].append(row_d - unit_d * (unit_d @ (row_d - mean_d)))
-            for suffix, rows in ablated.items():
-                terms = [
-                    _effect_of(subject, acts_1td, place - first, row) for row in rows
-                ]
-                for name, values in zip(MEASURES, np.array(terms).T):
-                    want[name + suffix].append(values)
+        first = max(0, place - tokens_before)
+        acts_1td = planted.rows_of(subject, tokens_t[None, first:])
+        row_d = acts_1td[0, place - first]
+        (code_l,), (recon_d,) = planted.encode(params, row_d[None], kind=kind)
+        active = np.flatnonzero(code_l)
+        rng = np.random.default_rng((0, sequence, place))
+        ablated = {"": [], "_channels": [], "_random": []}
+        for latent in active:
+            without_l = np.where(np.arange(len(code_l)) == latent, 0, code_l)
+            scale = np.linalg.norm(row_d - row_d.mean()) if kind != "none" else 1.0
+            contribution_d = scale * (code_l - without_l) @ params["w_dec_ld"]
+            ablated[""].append(row_d - contribution_d)
+        for channel in rng.permutation(D)[: len(active)]:
+            changed_d = np.where(np.arange(D) == channel, mean_d, row_d)
+            ablated["_channels"].append(changed_d)
+        for unit_d in rng.standard_normal((len(active), D)):
+            unit_d /= np.linalg.norm(unit_d)
+            ablated["_random"].append(row_d - unit_d * (unit_d @ (row_d - mean_d)))
+        for suffix, rows in ablated.items():
+            terms = [
+                _effect_of(subject, acts_1td, place - first, row, horizon)
+                for row in rows
+            ]
+            for name, values in zip(MEASURES, np.array(terms).T):
+                want[name + suffix].setdefault(sequence, []).extend(values)
     return want
 
 
-def _effect_of(subject, acts_1td, place, row_d):
+def _effect_of(subject, acts_1td, place, row_d, horizon):
     changed_1td = acts_1td.copy()
     changed_1td[0, place] = row_d
-    span = slice(place, place + HORIZON)
+    span = slice(place, place + horizon)
     clean_tv, ablated_tv = (
         _logits(subject, acts)[0, span] for acts in (acts_1td, changed_1td)
     )
@@ -278,7 +318,7 @@ def test_one_compilation_for_each_program(subject, store, monkeypatch):
         return forward(self, tokens_bt, *args, **kwargs)
 
     monkeypatch.setattr(type(subject), "forward", counting)
-    config = dataclasses.replace(EVERYWHERE, ablation_horizon=5, batch_sequences=4)
+    config = dataclasses.replace(EVERYWHERE, ablation_horizon=6, batch_sequences=4)
     _measure(planted.make_sae(planted.random_params()), subject, store, config)
     assert traced == [False, False, True]  # rows, the shape of logits, effects
 

@@ -62,11 +62,10 @@ CASES = {
         "harvest --subject=lm --text=text --out=out",
         "lm/model.safetensors is damaged",
     ),
-    "remote store": (
-        "harvest --text=text --out=gs://bucket/store",
-        "local folders only",
+    "no such service": (
+        "harvest --text=text --out=ftp://bucket/store",
+        "ftp://bucket/store",
     ),
-    "full disk": ("harvest --text=text --out=out", "free"),
     "k above n_latents": (
         "train --config=good.py --workdir=out --config.sae.k=500",
         "sae.k = 500",
@@ -99,6 +98,9 @@ CASES = {
         "train --config=good.py --workdir=out --config.sae.n_latent=64",
         "did you mean 'sae.n_latents'",
     ),
+    "no store named": ("inspect", "give one store: sae-jax inspect STORE"),
+    "no store": ("inspect nothing", "no store at 'nothing'"),
+    "store with a torn shard": ("inspect torn", "c/1/0: restore"),
     "no run folder": ("evaluate nothing", "nothing"),
     "no argument": ("evaluate", "give one run folder"),
 }
@@ -107,22 +109,34 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_gives_one_clear_line(case, folder):
     arguments, message = CASES[case]
-    fault = _FULL_DISK if case == "full disk" else ""
-    code = f"{fault}from sae_jax.cli import main; main()"
     before = _list(folder)
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments.split()],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = _run(folder, arguments)
     assert done.returncode in ((2,) if case == "no argument" else (1, 2)), done.stdout
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith(f"sae-jax {arguments.split()[0]}: ")
     assert message in lines[0]
     assert _list(folder) == before
+
+
+def test_a_full_disk_is_told_in_the_last_line(folder):
+    """Behind the progress of packing: only then is the size of a store known."""
+    done = _run(folder, "harvest --text=text --out=full", _FULL_DISK)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("sae-jax harvest: ") and "MB free" in last
+    assert not list((folder / "full").glob("acts/*/c/*"))
+
+
+def _run(folder, arguments, fault=""):
+    code = f"{fault}from sae_jax.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments.split()],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def _list(folder):

@@ -28,7 +28,7 @@ def _rebuild(sae, x):
 
 def _train_rows(store):
     n = store.rows("train")
-    return store.read(SITE, 0, n).astype(float)
+    return store.read_ranges(SITE, [(0, n)]).astype(float)
 
 
 @pytest.mark.parametrize("k", [1, 4, D])

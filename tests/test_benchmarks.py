@@ -70,3 +70,20 @@ def test_peers_that_cannot_be_run_are_reported(tmp_path):
     assert all(result["seconds"] > 0 for result in ours)
     peers = [result for result in results if result not in ours]
     assert all("No module named" in result["failed"] for result in peers)
+
+
+@pytest.mark.slow
+def test_the_loader_is_timed_beside_raw_reads(tmp_path):
+    flags = ("--store_gb=0.1", "--read_gb=0.2", "--batch_rows=256", "--rounds=1")
+    result = subprocess.run(
+        [sys.executable, "experiments/bench_loader.py", f"--folder={tmp_path}", *flags],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert [r["reader"] for r in report["results"]] == ["raw", "loader", "rows"]
+    assert report["results"][1]["gb"] >= 0.2
+    assert report["over_rows"] > 10

@@ -115,7 +115,7 @@ def test_help_lists_every_command(outcomes):
     _, bare, _ = outcomes["[]"]
     status, out, err = outcomes['["--help"]']
     assert (status, out, err) == (0, bare, "")
-    for command in ("quickstart", "harvest", "train", "evaluate", "fake"):
+    for command in ("quickstart", "harvest", "inspect", "train", "evaluate", "fake"):
         assert f"\n  {command} " in out
     assert "--verbosity=1" in out
 

@@ -102,6 +102,8 @@ def test_what_not_all_have_is_left_blank(folders):
         ({"seed": 3}, "evaluated with seed 3, .* with 0: evaluate them alike"),
         ({"site": "resid_post.9"}, "with site resid_post.9"),
         ({"corpus": "1"}, "with corpus 1, .* with 0"),
+        ({"layout": {"bos": "none"}}, "with layout {'bos': 'none'}, .*'document'"),
+        ({"dtype": "int8"}, "with dtype int8, .* with bfloat16"),
         ({"subject": {"name": "other"}}, "with subject {'name': 'other'}"),
         (
             {"settings": {"reconstruction": {"rows": 1}}},

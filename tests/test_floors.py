@@ -36,11 +36,20 @@ FLOORS = (
         "text",
     ),
     ("saes", "loader", "subjects", "packing", "tasks"),
-    ("state", "formats", "harvest", "diagnostics"),
+    ("state", "formats", "readout", "harvest", "stream", "diagnostics"),
     ("gradients", "checkpoint", "resample"),
     ("step",),
     ("run", "loop", "evals", "baselines", "plan"),
-    ("viewer", "plots", "pages", "report", "evaluation", "compare", "quickstart"),
+    (
+        "viewer",
+        "plots",
+        "pages",
+        "report",
+        "inspection",
+        "evaluation",
+        "compare",
+        "quickstart",
+    ),
     ("", "cli"),  # "" is sae_jax/__init__.py
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

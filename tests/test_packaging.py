@@ -56,7 +56,7 @@ def test_pyproject_says_only_how_to_build():
 
 def test_extras_are_the_documented_ones():
     extras = set(read_setup()["options.extras_require"])
-    assert extras == {"cuda", "tpu", "torch", "test"}
+    assert extras == {"cuda", "tpu", "torch", "text", "test"}
     build = (ROOT / "BUILD.md").read_text()
     assert all(f"`{extra}`" in build for extra in extras)
 

@@ -69,6 +69,7 @@ def measure(subject: Subject, heldout: Sequence[Document]) -> Figures:
 
 def _count_bits(subject: Subject, tokens: np.ndarray) -> float:
     """The bits that the subject needs for all tokens, each scored once."""
+    assert subject.bos_id is not None
     rows, is_scored = _cut_windows(tokens, subject.context_length, subject.bos_id)
 
     @jax.jit
