@@ -4,8 +4,8 @@
 #   bash tests/run.sh [--full] [arguments of pytest]
 #
 # Without --full, tests marked `slow` or `torch` are left out. With it everything runs,
-# torch, transformers and libtpu are installed, and a test that skips because a package
-# is missing fails. The Python is chosen as launch/quickstart.sh does.
+# torch, transformers, datasets and libtpu are installed, and a test that skips because a
+# package is missing fails. The Python is chosen as launch/quickstart.sh does.
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/../launch/environment.sh"
 

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from test_subjects import CONFIG, make_tokenizer, make_weights
 
+from sae_jax.harvest import harvest
 from sae_jax.subjects import load_subject
 from sae_jax.subjects.folder import write_folder
 from sae_jax.subjects.sites import KINDS
 from sae_jax.subjects.torch_model import TorchSubject, load_torch_subject
+from sae_jax.text import Document, corpus_of
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch")
@@ -265,6 +267,35 @@ def test_torch_and_jax_agree_at_every_site(llama, tokens_bt):
     ids = ours.encode(text)
     np.testing.assert_array_equal(theirs.encode(text), ids)
     assert theirs.decode_tokens(ids) == ours.decode_tokens(ids)
+
+
+def test_torch_and_jax_leave_the_same_store(llama, tmp_path):
+    """The same text in the same contexts, and activations that are close."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(map(str, rng.integers(10**6, size=80))) for _ in range(12)]
+    corpus = corpus_of(Document(f"{i}.txt", text) for i, text in enumerate(texts))
+    sites = ["resid_pre.0", "mlp_act.1", "resid_post.2"]
+    stores = [
+        harvest(subject, corpus, tmp_path / name, sites, progress=False)
+        for name, subject in (
+            ("jax", load_subject(str(llama))),
+            ("torch", load_torch_subject(llama)),
+        )
+    ]
+    ours, theirs = stores
+    assert ours.manifest.rows == theirs.manifest.rows
+    assert ours.manifest.tokenizer == theirs.manifest.tokenizer
+    for split in ("train", "heldout"):
+        sequences = ours.sequences(split)
+        np.testing.assert_array_equal(
+            ours.read_tokens(sequences), theirs.read_tokens(sequences)
+        )
+        for site in sites:
+            acts, expected = (
+                store.read_contexts(site, sequences)[0].astype(np.float32)
+                for store in stores
+            )
+            np.testing.assert_allclose(acts, expected, rtol=0.01, atol=0.01)
 
 
 def test_replacements_get_the_same_in_torch_and_jax(llama, tokens_bt):

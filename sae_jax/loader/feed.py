@@ -12,7 +12,11 @@ from jax.sharding import Mesh
 
 from sae_jax.config import DataConfig
 from sae_jax.loader.batches import check_loader, find_orders, train_batches
-from sae_jax.loader.mixing import choose_window_chunks, describe_mixing
+from sae_jax.loader.mixing import (
+    choose_window_chunks,
+    describe_mixing,
+    measure_mixing,
+)
 from sae_jax.loader.place import n_loading_processes
 from sae_jax.loader.sources import (
     find_sources,
@@ -21,6 +25,9 @@ from sae_jax.loader.sources import (
     sample_sources,
 )
 from sae_jax.store import Statistics, Store, open_store
+
+
+_MEASURED_STEPS = (0, 1000)
 
 
 class Feed(Protocol):
@@ -97,7 +104,11 @@ class StoreFeed:
 
     def describe(self) -> str:
         orders = find_orders(self._sources, self.data, self._seed)
-        return describe_mixing(self._sources, self.data, orders)
+        expected = describe_mixing(self._sources, self.data, orders)
+        if not all(source.store.is_local for source in self._sources):
+            return expected  # a batch's sequences would be a request each
+        mixing = measure_mixing(self._sources, self.data, orders, _MEASURED_STEPS)
+        return f"{expected}; measured: {mixing}"
 
     def statistics(self) -> Statistics:
         return mix_statistics(self._sources)

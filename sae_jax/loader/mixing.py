@@ -41,8 +41,8 @@ class Mixing(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"a batch of {self.batch_rows:,} rows has {self.sequences:,.0f} sequences "
-            f"({self.sequences / self.uniform_sequences:.1%} of a uniform draw) and "
+            f"{self.sequences:,.0f} sequences "
+            f"({self.sequences / self.uniform_sequences:.1%}) and "
             f"{self.documents:,.0f} documents "
             f"({self.documents / self.uniform_documents:.1%})"
         )

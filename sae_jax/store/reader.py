@@ -83,6 +83,10 @@ class Store:
         return self.manifest.context_length
 
     @property
+    def is_local(self) -> bool:
+        return self._folder.is_local
+
+    @property
     def dtype(self) -> str:
         """Of the rows as they are stored."""
         return self.manifest.dtype

@@ -12,6 +12,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from sae_jax.subjects.fields import read_json
+
 _CONFIG_FILE = "config.json"
 _TOKENIZER_FILE = "tokenizer.json"
 _WEIGHTS_FILE = "model.safetensors"
@@ -45,7 +47,7 @@ def read_fields(root: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"no {_CONFIG_FILE} in {str(root)!r}: give a Hugging Face model folder"
         )
-    fields = _read_json(path)
+    fields = read_json(path)
     if fields.get("auto_map"):
         raise ValueError(
             f"{path}: field 'auto_map' asks for code of the model's own, which is not "
@@ -168,7 +170,7 @@ def _list_weights(root: Path) -> list[Path]:
             f"no {_WEIGHTS_FILE} and no {_INDEX_FILE} in {str(root)!r}, and pickled "
             "weights are never loaded: give a folder with safetensors, or convert it"
         )
-    names = _read_json(index).get("weight_map")
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{index} has no field 'weight_map': fetch it again")
     paths = [root / name for name in sorted(set(names.values()))]
@@ -208,16 +210,6 @@ def _get_text_field(fields: Mapping[str, Any], name: str) -> Any:
     part = fields.get("text_config")
     value = fields.get(name)
     return part.get(name) if value is None and isinstance(part, dict) else value
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return fields
 
 
 def _first_line(error: Exception) -> str:
