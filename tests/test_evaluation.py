@@ -220,6 +220,17 @@ def test_a_store_that_is_not_where_the_config_says_may_be_named(run):
         _evaluate(run_dir)
 
 
+@pytest.mark.parametrize("store, trained", [("", "without a"), ("a,b", "on several")])
+def test_one_store_must_be_named(run, store, trained):
+    run_dir, _ = run
+    config = make_config("a")
+    data = dataclasses.replace(config.data, store=store)
+    config = dataclasses.replace(config, data=data)
+    (run_dir / "config.json").write_text(to_json(config))
+    with pytest.raises(ValueError, match=f"was trained {trained} store.* --store"):
+        _evaluate(run_dir)
+
+
 def test_a_subject_that_is_not_in_the_package_must_be_named(run):
     with pytest.raises(ValueError, match="subject 'planted', .* with --subject"):
         _evaluate(run[0], subject=None)

@@ -1,6 +1,7 @@
 """Harvesting with a subject small enough to be recomputed by hand."""
 
 import concurrent.futures
+import contextlib
 import errno
 import functools
 import importlib
@@ -13,6 +14,7 @@ import sys
 from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -329,6 +331,32 @@ def test_a_process_does_not_wait_for_ever(tmp_path):
         run_harvest(tmp_path / "store", process=2, n_processes=2)
 
 
+@pytest.mark.parametrize("packs", [True, False])
+def test_each_file_of_text_gives_the_first_process_more_time(
+    tmp_path, monkeypatch, packs
+):
+    """A process that waits 10 s for text; every 8 s a file of it comes, for 40 s."""
+    module = importlib.import_module("sae_jax.harvest")
+    now = 0.0
+
+    def sleep(secs):
+        nonlocal now
+        now += secs
+        if now % 8 == 0 and now <= 40:
+            Folder(tmp_path).write(f"tokens/c/{now}", b"")
+
+    def find_manifest(folder):
+        return SimpleNamespace(is_packed=packs and now >= 45) if now else None
+
+    clock = SimpleNamespace(monotonic=lambda: now, sleep=sleep)
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(module, "find_manifest", find_manifest)
+    timeout = pytest.raises(TimeoutError, match="for 10 s")
+    with contextlib.nullcontext() if packs else timeout:
+        module._wait_for_text(Folder(tmp_path), 10, False)
+    assert 45 <= now <= 51
+
+
 def test_the_size_is_limited(store, tmp_path):
     part = run_harvest(tmp_path / "part", max_gb=2e-5)
     size = sum(len(data) for data in read_folder(tmp_path / "part").values())
@@ -336,6 +364,10 @@ def test_the_size_is_limited(store, tmp_path):
     assert 0.8 * 2e4 < rows * (2 * 16 + 16) <= 2e4 < size  # beside small files
     with pytest.raises(ValueError, match="max_gb = 1e-06 holds 20 rows of 48 bytes"):
         run_harvest(tmp_path / "small", max_gb=1e-6)
+    with pytest.raises(ValueError, match="holds 25 rows of 40 bytes"):  # with scales
+        run_harvest(tmp_path / "small", max_gb=1e-6, dtype="int8")
+    both = run_harvest(tmp_path / "both", max_gb=1, max_rows=330)
+    assert both.manifest.max_rows == 330
 
 
 @pytest.mark.parametrize("packing", ["joined", "padded"])
@@ -447,6 +479,28 @@ def test_progress_is_on_stderr(tmp_path, capsys):
     total = f"{sum(store.manifest.rows.values()):,}"
     assert captured.err.splitlines()[-1].startswith(f"harvest: {total} of {total} rows")
     assert captured.out == ""
+
+
+def test_progress_is_of_this_process_and_goes_on(store, tmp_path, capsys, monkeypatch):
+    total = sum(s.rows for s in store.manifest.row_shards[::2])
+    write_shard, n_left = StoreWriter.write_shard, 2
+
+    def stop(self, *shard):
+        nonlocal n_left
+        n_left -= 1
+        if n_left < 0:
+            raise Stop
+        write_shard(self, *shard)
+
+    monkeypatch.setattr(StoreWriter, "write_shard", stop)
+    with pytest.raises(Stop):
+        run_harvest(tmp_path / "store", n_processes=2)
+    monkeypatch.undo()
+    assert run_harvest(tmp_path / "store", n_processes=2, progress=True) is None
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith(f"harvest: {total:,} of {total:,} rows")
+    assert any(f"documents, {total:,} rows of " in line for line in lines)
+    assert any(line.endswith("part 0 of 2") for line in lines)
 
 
 def test_the_default_subject(tmp_path):

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import ml_dtypes
@@ -153,6 +154,12 @@ def test_sampled_rows_are_distinct_train_rows(store):
     assert sorted(everything) == [*range(EPOCH_ROWS)]
 
 
+def test_a_sample_of_few_chunks_has_all_its_rows(store, monkeypatch):
+    monkeypatch.setattr(loader.sources, "_SAMPLE_CHUNKS", 1)
+    for n_rows in (1, 16, 100, 447):
+        assert len(loader.sample_rows(store, None, n_rows, seed=0)) == n_rows
+
+
 @pytest.mark.parametrize(
     "n_processes, settings, message",
     [
@@ -180,6 +187,54 @@ def test_windows_that_do_not_fit_in_memory_are_refused(store, monkeypatch):
     message = "data.window_chunks = 3 take .* GB .*: set data.window_chunks = 1, "
     with pytest.raises(ValueError, match=message):
         load(store, 0, 1)
+
+
+def test_the_memory_of_both_windows_of_own_lanes_is_asked_for(store, monkeypatch):
+    data = DataConfig(batch_rows=48, lanes=4, window_chunks=3)
+    needed = 2 * (2 * 3 * 16) * (2 * 4)  # buffers of two lanes, bytes of a row
+    monkeypatch.setattr(loader.batches, "_available_memory", lambda: needed)
+    assert len(load_lanes(store, range(2), 0, 1, data)) == 1
+    with pytest.raises(ValueError, match="set data.window_chunks = 1, "):
+        load_lanes(store, range(4), 0, 1, data)
+    monkeypatch.setattr(loader.batches, "_available_memory", lambda: needed - 1)
+    with pytest.raises(ValueError, match="set data.window_chunks = 2, "):
+        load_lanes(store, range(2), 0, 1, data)
+
+
+def place_processes(processes):
+    """A mesh [data, latent] of devices of these processes."""
+    devices = np.array(processes, object)
+    for place, process in np.ndenumerate(devices):
+        devices[place] = SimpleNamespace(process_index=process)
+    return SimpleNamespace(devices=devices, shape={DATA: len(devices)})
+
+
+@pytest.mark.parametrize(
+    "processes, n_lanes, expected",
+    [
+        ([[0], [0], [1], [1]], 4, [[0, 1], [2, 3]]),
+        ([[0], [1], [0], [1]], 4, [[0, 2], [1, 3]]),
+        ([[0], [0], [1], [1]], 2, [[0], [1]]),
+        ([[0], [0], [1], [1]], 6, [[0, 1, 2], [3, 4, 5]]),
+        ([[0, 1], [0, 1]], 4, [[0, 1, 2, 3], [0, 1, 2, 3]]),
+    ],
+)
+def test_a_process_has_the_lanes_of_its_devices(
+    monkeypatch, processes, n_lanes, expected
+):
+    mesh = place_processes(processes)
+    for process, lanes in enumerate(expected):
+        monkeypatch.setattr(jax, "process_index", lambda: process)
+        assert loader.find_lanes(mesh, 48, n_lanes) == lanes
+
+
+def test_lanes_and_places_that_no_process_has_whole_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    for n_lanes in (1, 3):
+        with pytest.raises(ValueError, match="do not fall to processes as a whole"):
+            loader.find_lanes(place_processes([[0], [0], [1], [1]]), 48, n_lanes)
+    with pytest.raises(ValueError, match="divides over 2 processes unevenly"):
+        loader.find_lanes(place_processes([[0], [0], [1]]), 48, 3)
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(store):

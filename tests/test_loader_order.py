@@ -1,5 +1,6 @@
 """The order of rows: every one once an epoch, the same from any start."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -97,3 +98,15 @@ def test_the_order_is_the_same_on_every_platform():
     order = make_order((29, 4, 3), 16)
     assert order.chunks(4, 2) == [20, 5]
     assert order.step_rows(100, 4, 1).tolist() == [65, 153, 64, 78]
+
+
+def test_lanes_windows_epochs_seeds_and_sources_have_orders_of_their_own():
+    order = make_order((64, 2, 8), rows_per_chunk=16)
+    again = order.windows_per_epoch
+    for other in ({"seed": 1}, {"source": 1}):
+        changed = dataclasses.replace(order, **other)
+        assert changed.chunks(0, 0) != order.chunks(0, 0)
+        assert not np.array_equal(changed.rows(0, 0), order.rows(0, 0))
+    assert order.chunks(again, 0) != order.chunks(0, 0)
+    for window, lane in ((0, 1), (1, 0), (again, 0)):
+        assert not np.array_equal(order.rows(window, lane), order.rows(0, 0))

@@ -1,5 +1,7 @@
 """Several stores and sites in one stream of rows, and stores of int8."""
 
+import dataclasses
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from test_store import row_ids, write_store
 
 from sae_jax import loader
 from sae_jax.config import DataConfig, MeshConfig
+from sae_jax.loader.windows import Windows, buffer_bytes
 from sae_jax.mesh import make_mesh, single_device_mesh
 
 SITES = {"resid_post.0": 4, "mlp_act.1": 6, "resid_post.2": 4}
@@ -58,6 +61,17 @@ def test_sites_of_one_store_are_sources_too(stores):
     (batch,) = load(sources, data, 1)
     first, second = row_ids(batch).reshape(2, 16)
     assert not np.array_equal(first, second)  # each has an order of its own
+
+
+def test_lanes_come_in_the_order_of_each_source(stores):
+    data = make_data(site=SITE, weights=(3, 5))
+    sources = loader.find_sources(data, stores)
+    orders = loader.find_orders(sources, data, 0)
+    expected = [
+        order.step_rows(7, 4, lane) for order in orders for lane in range(order.n_lanes)
+    ]
+    (batch,) = load(sources, data, 1, start=7)
+    np.testing.assert_array_equal(row_ids(batch), np.concatenate(expected))
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
@@ -169,3 +183,48 @@ def test_stores_of_two_dtypes_are_refused(stores):
     data = make_data(site=SITE)
     with pytest.raises(ValueError, match="is bfloat16, .* is int8: harvest both"):
         loader.find_sources(data, [stores[0], Int8(stores[1])])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_bytes_of_buffers_are_counted(stores, dtype):
+    store = Int8(stores[0]) if dtype == "int8" else stores[0]
+    sources = loader.find_sources(make_data(site=SITE), [store])
+    (order,) = loader.find_orders(sources, make_data(site=SITE), 0)
+    windows, held = Windows(sources[0], order, range(3)), 0
+    while not windows._free.empty():
+        buffer = windows._free.get()
+        scales = 0 if buffer.scales_n is None else buffer.scales_n.nbytes
+        held += buffer.rows_nd.nbytes + scales
+    assert held == buffer_bytes(sources[0], order, 3) > 0
+
+
+def test_a_source_need_only_fill_its_own_share_of_a_batch(stores):
+    data = make_data(site=SITE, batch_rows=256, weights=(1, 3))
+    sources = loader.find_sources(data, stores)
+    loader.check_loader(sources, data, 1)  # 192 rows of the first, for 64 of a batch
+    even = make_data(site=SITE, batch_rows=512)
+    with pytest.raises(ValueError, match="has 192 train rows .* the 256 of a batch"):
+        loader.check_loader(loader.find_sources(even, stores), even, 1)
+
+
+def test_the_identity_is_that_of_every_store_but_not_where_it_was_made(stores):
+    def identify(*stores):
+        data, mesh = make_data(site=SITE), single_device_mesh()
+        return loader.StoreFeed(data, mesh, 0, stores).identity
+
+    def change(**fields):
+        store = Int8(stores[1])
+        store.dtype = "bfloat16"
+        store.manifest = dataclasses.replace(stores[1].manifest, **fields)
+        return store
+
+    found = identify(*stores)
+    subject = stores[1].manifest.subject
+    assert identify(stores[0], change(subject=subject | {"name": "moved"})) == found
+    for fields in (
+        {"subject": subject | {"identity": "1"}},
+        {"seed": 1},
+        {"corpus": "1"},
+    ):
+        assert identify(stores[0], change(**fields)) != found
+    assert identify(*stores[::-1]) != found

@@ -1,7 +1,9 @@
 """Stores: what is written is read back, and nothing that is damaged is read at all."""
 
+import dataclasses
 import errno
 import json
+import os
 import shutil
 from collections import namedtuple
 
@@ -14,6 +16,7 @@ from sae_jax.files import lock_folder
 from sae_jax.store import (
     Contexts,
     Folder,
+    Manifest,
     Stored,
     StoreWriter,
     Text,
@@ -120,6 +123,10 @@ def test_contexts_are_read_in_any_order(store):
         np.testing.assert_array_equal(row_ids(acts), tokens % 1000)
     with pytest.raises(ValueError, match="no context"):
         store.read_tokens([len(store.sequences("train")) + 99])
+    for index, shard in enumerate(store.manifest.text_shards):
+        if shard["contexts"] < PER_SHARD // T:  # the next is in the file, as zeros
+            with pytest.raises(ValueError, match="no context"):
+                store.read_tokens([index * PER_SHARD // T + shard["contexts"]])
 
 
 def test_a_read_may_cross_shards_but_not_leave_the_rows(store):
@@ -136,6 +143,12 @@ def test_reads_into_a_buffer(store):
     np.testing.assert_array_equal(row_ids(buffer), [*range(64, 80), *range(16)])
     with pytest.raises(ValueError, match="buffer"):
         store.read_ranges("resid_post.0", [(0, 16)], buffer)
+
+
+def test_int8_is_not_read_into_another_dtype(path):
+    store = write_store(path, {"train": 16}, dtype="int8")
+    with pytest.raises(ValueError, match="buffer is float32 .*, not bfloat16"):
+        store.read_ranges("resid_post.0", [(0, 16)], np.zeros((16, 4), np.float32))
 
 
 def test_statistics_are_those_of_the_train_rows(store):
@@ -219,7 +232,7 @@ def test_int8_rows_are_within_half_a_scale(path, tmp_path):
     store = write_store(path, ROWS, SITES, dtype="int8")
     exact = write_store(tmp_path / "exact", ROWS, SITES)
     for site in SITES:
-        ranges = [*store.shards("train"), (200, 30)]
+        ranges = [(200, 30), *store.shards("train")]
         rows = exact.read_ranges(site, ranges).astype(np.float32)
         stored = np.empty(rows.shape, np.int8)
         scales = np.empty(len(rows), np.float32)
@@ -251,11 +264,12 @@ def test_a_deleted_or_short_shard_is_named_on_open(store, path):
         with pytest.raises(ValueError, match="missing") as error:
             open_store(path)
         assert str(file) in str(error.value)
-        file.write_bytes(contents[:-1])
-        short = f"has {len(contents) - 1} bytes, not"
-        with pytest.raises(ValueError, match=short) as error:
-            open_store(path)
-        assert str(file) in str(error.value)
+        for other in (contents[:-1], contents + b"0"):
+            file.write_bytes(other)
+            size = f"has {len(other)} bytes, not"
+            with pytest.raises(ValueError, match=size) as error:
+                open_store(path)
+            assert str(file) in str(error.value)
         file.write_bytes(contents)
     open_store(path)
 
@@ -277,7 +291,8 @@ def test_a_flipped_byte_is_an_error_that_names_the_file(store, path, place):
                 again.read_positions([(64, 16)])
             else:
                 again.read_ranges("mlp_act.1", [(0, 128)])
-        assert str(file) in str(error.value) and "\n" not in str(error.value)
+        assert str(error.value).startswith(f"damaged shard {file}: ")
+        assert "\n" not in str(error.value)
 
 
 def test_a_shard_deleted_after_open_is_never_zeros(store, path):
@@ -333,6 +348,38 @@ def test_another_setting_is_named(store, path):
     ):
         with pytest.raises(ValueError, match=message):
             StoreWriter(Folder(path), make_manifest(SITES, **change))
+
+
+# What is found out in a harvest; all the rest are settings.
+FOUND = {"version", "n_documents", "rows", "dropped_tokens", "text_shards"}
+FOUND |= {"is_packed", "complete", "statistics"}
+OTHER_SETTINGS = {
+    "subject": {"name": "planted", "identity": "1", "dtype": "float32"},
+    "tokenizer": "1",
+    "corpus": "1",
+    "sites": {"resid_post.0": 4},
+    "dtype": "int8",
+    "context_length": 4,
+    "packing": "padded",
+    "bos": "context",
+    "bos_id": 3,
+    "excluded_ids": [3],
+    "heldout_every": 4,
+    "max_rows": 99,
+    "seed": 1,
+    "rows_per_shard": 128,
+    "rows_per_chunk": 32,
+    "contexts_per_shard": 4,
+}
+
+
+def test_every_setting_counts(store, path):
+    fields = {field.name for field in dataclasses.fields(Manifest)}
+    assert fields == OTHER_SETTINGS.keys() | FOUND
+    for name, value in OTHER_SETTINGS.items():
+        other = dataclasses.replace(make_manifest(SITES), **{name: value})
+        with pytest.raises(ValueError, match=f"was begun with {name} = "):
+            StoreWriter(Folder(path), other)
 
 
 def begin(path, process=0, n_processes=1):
@@ -431,6 +478,56 @@ def test_what_a_stopped_write_left_is_not_merged(store, path, tmp_path):
     assert read_folder(stopped) == read_folder(path)
 
 
+def test_a_shard_that_could_not_be_written_is_not_recorded(store, path, tmp_path):
+    stopped = tmp_path / "stopped"
+    writer = begin(stopped)
+    in_the_way = stopped / "acts/mlp_act.1/c/0/0/0"
+    (in_the_way / "folder").mkdir(parents=True)
+    with pytest.raises((OSError, ValueError)):
+        stores.write_shards(writer, gather_rows(), [0, 1])
+    writer.close()
+    assert not list(stopped.glob("shards/*"))
+    shutil.rmtree(in_the_way)
+    write_store(stopped, ROWS, SITES)
+    assert read_folder(stopped) == read_folder(path)
+
+
+def test_what_another_wrote_before_the_lock_is_seen(path, monkeypatch):
+    def lock(*arguments):
+        monkeypatch.undo()
+        begin(path).close()
+        return lock_folder(*arguments)
+
+    monkeypatch.setattr("sae_jax.store.writer.lock_folder", lock)
+    with StoreWriter(Folder(path), make_manifest(SITES)) as writer:
+        assert writer.manifest.is_packed
+    assert find_manifest(Folder(path)).is_packed
+
+
+def test_a_closed_writer_writes_no_more(path, monkeypatch):
+    """The lock is let go when what was begun has ended."""
+    waited = []
+
+    class Write:
+        def exception(self):
+            with pytest.raises(ValueError, match="in use"):
+                lock_folder(path)
+            waited.append(self)
+
+    writer = begin(path)
+    monkeypatch.setattr(writer, "_start_write", lambda *_: Write())
+    stores.write_shards(writer, gather_rows(), [0])
+    writer.close()
+    assert len(waited) == len(SITES) + 1
+    lock_folder(path).close()
+
+
+def test_a_shard_has_the_rows_that_were_planned(path):
+    with begin(path) as writer:
+        with pytest.raises(ValueError, match="shard 1 has 63 rows, not 64"):
+            writer.write_shard(1, {}, np.zeros((63, 2), np.int32))
+
+
 @pytest.mark.parametrize("n_written", [0, 1, 2, 3, 9])
 def test_a_full_disk_is_one_line_and_resumable(
     store, path, tmp_path, monkeypatch, n_written
@@ -458,6 +555,8 @@ def test_tensorstore_says_that_a_disk_is_full():
     text = "RESOURCE_EXHAUSTED: Error writing local file [os_error_code='28']"
     assert folders.is_full_disk(ValueError(text))
     assert not folders.is_full_disk(ValueError("[os_error_code='2']"))
+    for number in (errno.ENOSPC, errno.EDQUOT):  # no room, or no more for this user
+        assert folders.is_full_disk(OSError(number, ""))
 
 
 def test_too_little_space_is_said_before_rows_are_written(path, monkeypatch):
@@ -466,6 +565,28 @@ def test_too_little_space_is_said_before_rows_are_written(path, monkeypatch):
     with pytest.raises(OSError, match="needs 1 MB more, the disk .* has 0 MB free"):
         write_store(path, {"train": 8192})
     assert not list(path.glob("acts/*/c"))
+
+
+def test_space_is_asked_for_what_is_still_to_write(store, path, tmp_path, monkeypatch):
+    Usage = namedtuple("Usage", "total used free")
+    stopped = tmp_path / "stopped"
+    with begin(stopped) as writer:
+        stores.write_shards(writer, gather_rows(), [0, 1])
+        writer._commit()
+    names = [str(file.relative_to(path)) for file in list_shard_files(path)]
+    is_left = {
+        name: not name.startswith(("tokens", "documents"))
+        and name.split("/c/")[1][0] in "234"
+        for name in names
+    }
+    needed = sum((path / name).stat().st_size for name in names if is_left[name])
+    for free in (needed, needed - 1):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, free))
+        if free == needed:
+            begin(stopped).close()
+            continue
+        with pytest.raises(OSError, match="needs 1 MB more"):
+            begin(stopped)
 
 
 def test_values_that_are_not_numbers_are_refused(path):
@@ -487,12 +608,20 @@ def test_a_damaged_record_is_named(store, path):
         begin(path).finish()
 
 
+def test_names_of_another_number_are_refused(store, path):
+    (path / "documents.json").write_text(json.dumps(NAMES[:2]))
+    with pytest.raises(ValueError, match="documents.json has 2 names, the store 3"):
+        open_store(path).document_name(0)
+
+
 def test_rows_are_found_without_reading_every_text(store, path):
     text = Text(Folder(path), find_manifest(Folder(path)))
     selection = text.select("heldout", 60, 10)
     rows = np.arange(60, 70) + 1000
     np.testing.assert_array_equal(selection.tokens[selection.is_wanted], rows)
     assert len(selection.sequences) == 2
+    edge = text.select("heldout", PER_SHARD - 1, 2)  # the last of a file, and the next
+    assert edge.tokens[edge.is_wanted].tolist() == [PER_SHARD + 999, PER_SHARD + 1000]
 
 
 @pytest.mark.parametrize(
@@ -506,3 +635,58 @@ def test_rows_are_found_without_reading_every_text(store, path):
 def test_addresses_that_are_no_folder(url, message):
     with pytest.raises(ValueError, match=message):
         Folder(url)
+
+
+@pytest.mark.parametrize(
+    "text, expected, message",
+    [
+        ("HTTP response code: 403 with body: no", PermissionError, "the credentials"),
+        ("PERMISSION_DENIED: no", PermissionError, "the credentials"),
+        ("HTTP 404 with body: NoSuchBucket", FileNotFoundError, "no such bucket"),
+        ("CURL error Could not connect", OSError, "cannot be reached"),
+        ("UNAVAILABLE: 503", OSError, "cannot be reached"),
+        ("DATA_LOSS: 1", ValueError, "DATA_LOSS: 1"),
+    ],
+)
+def test_what_a_service_says_is_told_plainly(text, expected, message):
+    bucket = Folder("gs://bucket/a")
+    with pytest.raises(expected, match=message) as error:
+        folders.raise_plainly(bucket, ValueError(text))
+    assert type(error.value) is expected or expected is OSError
+    assert expected is ValueError or str(bucket) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        ({}, {}),
+        ({"AWS_REGION": "a", "AWS_DEFAULT_REGION": "b"}, {"aws_region": "a"}),
+        ({"AWS_DEFAULT_REGION": "b"}, {"aws_region": "b"}),
+        (
+            {"AWS_ENDPOINT_URL_S3": "http://a/", "AWS_ENDPOINT_URL": "http://b"},
+            {"endpoint": "http://a", "aws_region": "us-east-1"},
+        ),
+        (
+            {"AWS_ENDPOINT_URL": "http://b", "AWS_REGION": "a"},
+            {"endpoint": "http://b", "aws_region": "a"},
+        ),
+        (
+            {"AWS_ACCESS_KEY_ID": "key"},
+            {"aws_credentials": {"type": "environment"}},
+        ),
+    ],
+)
+def test_the_usual_variables_count(variables, expected):
+    assert folders._configure_s3(variables) == expected
+
+
+def test_a_server_that_says_nothing_is_not_waited_for(monkeypatch):
+    names = [f"TENSORSTORE_CURL_LOW_SPEED_{s}" for s in ("TIME_SECONDS", "LIMIT_BYTES")]
+    for name in names:
+        monkeypatch.setenv(name, "7")
+    Folder("s3://bucket/a")
+    assert [os.environ[name] for name in names] == ["7", "7"]  # as it was asked for
+    for name in names:
+        monkeypatch.delenv(name)
+    Folder("s3://bucket/a")
+    assert [os.environ[name] for name in names] == ["30", "1"]

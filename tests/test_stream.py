@@ -60,14 +60,14 @@ def read_rows(workdir, skip=0):
     return np.asarray(acts)[:, skip:], tokens
 
 
-def expect_rows(stream, acts_ntd, start, n_steps):
+def expect_rows(stream, acts_ntd, start, n_steps, seed=0):
     """The rows of steps, from all rows and the order of a store of such chunks."""
     order = Order(
         len(acts_ntd),
         acts_ntd.shape[1],
         stream.data.lanes,
         stream.data.window_chunks,
-        seed=0,
+        seed,
     )
     rows_nd = acts_ntd.reshape(-1, acts_ntd.shape[2])
     for step in range(start, start + n_steps):
@@ -98,6 +98,16 @@ def test_rows_come_in_the_order_of_a_store(text_file, tmp_path, shape, bos, skip
         np.testing.assert_allclose(
             np.asarray(batch, np.float32), expected, rtol=0.02, atol=0.05
         )
+
+
+def test_the_order_is_of_the_seed(text_file, tmp_path):
+    stream = open_stream(text_file, tmp_path, seed=1)
+    acts_ntd, _ = read_rows(tmp_path)
+    (batch,) = stream.batches(2, 1)
+    (expected,) = expect_rows(stream, acts_ntd, 2, 1, seed=1)
+    np.testing.assert_allclose(
+        np.asarray(batch, np.float32), expected, rtol=0.02, atol=0.05
+    )
 
 
 @pytest.mark.parametrize("window_chunks", [1, 3, 100])
@@ -140,8 +150,10 @@ def test_the_window_is_bounded_and_told(text_file, tmp_path, monkeypatch):
 
 
 def test_statistics_and_samples_are_of_train_rows(text_file, tmp_path):
-    stream = open_stream(text_file, tmp_path)
+    settings = dataclasses.replace(make_config(text_file).stream, batch_contexts=7)
+    stream = open_stream(text_file, tmp_path, stream=settings)
     acts_ntd, _ = read_rows(tmp_path)
+    assert len(acts_ntd) % 7  # the last batch is filled up, with contexts that are not
     rows_nd = acts_ntd.reshape(-1, 256).astype(np.float64)
     found = stream.statistics()
     assert found.rows == len(rows_nd)  # they are few, so that all are sampled
@@ -149,7 +161,7 @@ def test_statistics_and_samples_are_of_train_rows(text_file, tmp_path):
     norms = np.linalg.norm(rows_nd, axis=1)
     assert found.mean_norm == pytest.approx(norms.mean(), rel=1e-3)
     (tmp_path / "text/statistics" / f"{SITE}.npz").unlink()
-    again = open_stream(text_file, tmp_path).statistics()
+    again = open_stream(text_file, tmp_path, stream=settings).statistics()
     assert again.mean_d.tobytes() == found.mean_d.tobytes()
     sample = stream.sample(100, seed=3)
     assert sample.shape == (100, 256) and sample.dtype == np.float32
@@ -157,14 +169,42 @@ def test_statistics_and_samples_are_of_train_rows(text_file, tmp_path):
     assert sum(row.tobytes() in known for row in sample) > 50  # but for rounding
 
 
+def test_statistics_are_of_this_site_and_the_rows_that_are_read(text_file, tmp_path):
+    settings = dataclasses.replace(
+        make_config(text_file).stream, bos="context", exclude_special=True
+    )
+    first = open_stream(text_file, tmp_path, stream=settings).statistics()
+    assert np.isnan(first.norm_t[0]) and not np.isnan(first.norm_t[1:]).any()
+    site = dataclasses.replace(make_config(text_file).data, site="resid_post.2")
+    other = open_stream(text_file, tmp_path, stream=settings, data=site)
+    assert not np.array_equal(other.statistics().mean_d, first.mean_d)
+
+
+def test_activations_that_are_not_numbers_are_refused(
+    text_file, tmp_path, monkeypatch
+):
+    stream = open_stream(text_file, tmp_path)
+    monkeypatch.setattr(
+        stream, "_capture", lambda n: jnp.full((len(n), T, 256), jnp.nan, jnp.bfloat16)
+    )
+    with pytest.raises(ValueError, match="infinite or not a number"):
+        stream.statistics()
+    assert not list(tmp_path.glob("text/statistics/*"))
+
+
 def test_the_identity_is_of_what_is_read(text_file, tmp_path):
     first = open_stream(text_file, tmp_path / "a")
     assert open_stream(text_file, tmp_path / "b").identity == first.identity
     site = dataclasses.replace(make_config(text_file).data, site="resid_post.2")
     shorter = dataclasses.replace(make_config(text_file).stream, context_length=8)
-    for name, fields in {"c": {"data": site}, "d": {"stream": shorter}}.items():
+    changes = {"c": {"data": site}, "d": {"stream": shorter}, "e": {"seed": 1}}
+    for name, fields in changes.items():
         other = open_stream(text_file, tmp_path / name, **fields)
         assert other.identity != first.identity
+    again = open_stream(text_file, tmp_path / "b")
+    for field, is_same in {"name": True, "dtype": False, "identity": False}.items():
+        again._manifest.subject[field] = "other"
+        assert (again.identity == first.identity) == is_same
 
 
 REFUSED = {
@@ -176,7 +216,7 @@ REFUSED = {
     ),
     "lanes": ({}, (8, 1), "data.lanes = 4 is not a multiple of mesh.data = 8"),
     "many lanes": (
-        {"data": DataConfig(site=SITE, batch_rows=2000, lanes=1000)},
+        {"data": DataConfig(site=SITE, batch_rows=2000, lanes=1000), "rows": 20_000},
         (1, 1),
         "the text gives .* train contexts for data.lanes = 1000: lower data.lanes",
     ),
