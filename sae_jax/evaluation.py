@@ -61,6 +61,7 @@ def evaluate_run(
     workdir, step = locate(path)
     run = read_config(workdir)
     opened = open_store(store) if store else _open_store_of(workdir, run.data.store)
+    _check_heldout(run.data.heldout_every, opened)
     model = _load_subject(subject, opened)
     mesh = mesh or make_mesh(n_latents=run.sae.n_latents)
     checkpoint = workdir / FOLDER / str(step)
@@ -124,6 +125,17 @@ def _open_store_of(run_dir: Path, store: str) -> Store:
             f"no store at {store!r}, which {run_dir / CONFIG_FILE} names: give its "
             "folder with --store, or start where the run was trained"
         ) from error
+
+
+def _check_heldout(trained_without: int | None, store: Store) -> None:
+    """ValueError if the store holds out documents that the run was trained on."""
+    heldout_every = store.manifest.heldout_every
+    if trained_without and heldout_every % trained_without:
+        raise ValueError(
+            f"{store.path} holds out one document in {heldout_every}, and the run was "
+            f"trained on all but one in {trained_without}, so on some of these: "
+            f"harvest with --heldout_every={trained_without}"
+        )
 
 
 def _load_subject(subject: str | None, store: Store) -> Subject:

@@ -1,5 +1,6 @@
 """From an SAE on disk to evaluation.json: what is written, taken over, and refused."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -229,6 +230,20 @@ def test_one_store_must_be_named(run, store, trained):
     (run_dir / "config.json").write_text(to_json(config))
     with pytest.raises(ValueError, match=f"was trained {trained} store.* --store"):
         _evaluate(run_dir)
+
+
+def test_documents_that_were_trained_on_are_not_held_out(run):
+    run_dir, _ = run
+    for heldout_every, is_refused in ((5, False), (10, True), (4, True)):
+        config = make_config(run_dir.parent / "store")
+        data = dataclasses.replace(config.data, heldout_every=heldout_every)
+        config = dataclasses.replace(config, data=data)
+        (run_dir / "config.json").write_text(to_json(config))
+        told = f"trained on all but one in {heldout_every}, .* --heldout_every="
+        with contextlib.ExitStack() as stack:
+            if is_refused:
+                stack.enter_context(pytest.raises(ValueError, match=told))
+            _evaluate(run_dir)
 
 
 def test_a_subject_that_is_not_in_the_package_must_be_named(run):

@@ -264,8 +264,10 @@ def test_text_that_fills_no_chunk_is_refused(tokenizer):
     with pytest.raises(ValueError, match="no text: no document has a token"):
         run(tokenizer, [Document("a", " \n")])
     assert is_heldout("9", EVERY)
-    with pytest.raises(ValueError, match="train documents give 0 rows"):
+    with pytest.raises(ValueError, match="has 1 documents .* none of them is train"):
         run(tokenizer, [Document("9", "w3 " * 9)])
+    with pytest.raises(ValueError, match="train documents give 0 rows"):
+        run(tokenizer, [Document("9", "w3 " * 9), Document("b", "w3")])
     documents = [Document("9", "w3 " * 99), Document("b", "w3 " * 30)]
     with pytest.raises(ValueError, match="train .* 24 rows .*rows_per_chunk = 32"):
         run(tokenizer, documents, rows_per_chunk=32)

@@ -236,7 +236,7 @@ def test_another_text_in_the_same_folder_is_refused(text_file, tmp_path):
     open_stream(text_file, tmp_path / "run")
     (tmp_path / "other.txt").write_text("x = 1\n" * 500)
     stream = StreamConfig(subject="default", text=str(tmp_path / "other.txt"))
-    with pytest.raises(ValueError, match="was begun with corpus = "):
+    with pytest.raises(ValueError, match="was begun with another text"):
         open_stream(text_file, tmp_path / "run", stream=stream)
 
 

@@ -35,7 +35,7 @@ _SETTINGS = [
     flags.DEFINE_integer("max_rows", None, "stop at so many rows"),
     flags.DEFINE_float("max_gb", None, "stop at so many 10^9 bytes"),
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "int8"], "of the rows"),
-    flags.DEFINE_enum("packing", "joined", ["joined", "padded"], "see the README"),
+    flags.DEFINE_enum("packing", "joined", ["joined", "padded"], "see docs/data.md"),
     flags.DEFINE_enum("bos", None, ["document", "context", "none"], "what BOS leads"),
     flags.DEFINE_bool("exclude_special", False, "leave out rows of special tokens"),
     flags.DEFINE_integer("heldout_every", harvests.HELDOUT_EVERY, "of documents, one"),

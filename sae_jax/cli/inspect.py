@@ -50,5 +50,5 @@ def main(argv: Sequence[str]) -> None:
     if found.faults:
         raise ValueError(
             f"{found.path!r} has {len(found.faults)} files at fault, one of them "
-            f"{min(found.faults)}: restore them, or harvest the store again"
+            f"{min(found.faults)}: restore them, or delete the store and harvest again"
         )

@@ -57,10 +57,13 @@ class DataConfig:
     """
 
     store: str = setting(
-        "", "folder of the activation store, or several, with commas; '' is refused"
+        "", "folder of the activation store, or several, with commas; '': a stream"
     )
     site: str | None = setting(
         None, "which of its sites, or one for each store, with commas; None: the only"
+    )
+    heldout_every: int | None = setting(
+        None, "one document in so many is held out; None: as in the store, 5 if none"
     )
     weights: tuple[float, ...] = setting(
         (), "how much of a batch each store or site gives; (): all as much"
@@ -82,6 +85,8 @@ class DataConfig:
         check_fields(self, "data.")
         for name in ("batch_rows", "lanes"):
             check_at_least(f"data.{name}", getattr(self, name), 1)
+        if self.heldout_every is not None:
+            check_at_least("data.heldout_every", self.heldout_every, 2)
         if self.window_chunks is not None:
             check_at_least("data.window_chunks", self.window_chunks, 1)
         if any(weight <= 0 for weight in self.weights):

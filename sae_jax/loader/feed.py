@@ -96,6 +96,7 @@ class StoreFeed:
             site=self.site,
             store=",".join(store.path for store in stores),
             window_chunks=choose_window_chunks(self._sources, data),
+            heldout_every=_find_heldout(stores, data.heldout_every),
         )
         self.identity = ",".join(_identify(store) for store in stores)
 
@@ -122,6 +123,20 @@ class StoreFeed:
         return train_batches(
             self._sources, self.data, self._mesh, self._seed, start_step, n_steps
         )
+
+
+def _find_heldout(stores: Sequence[Store], wanted: int | None) -> int:
+    """What all stores hold out; else some would train on what others hold out."""
+    first = stores[0].manifest.heldout_every if wanted is None else wanted
+    for store in stores:
+        if store.manifest.heldout_every != first:
+            raise ValueError(
+                f"{store.path} holds out one document in "
+                f"{store.manifest.heldout_every}, and not {first} as "
+                + ("data.heldout_every says" if wanted else stores[0].path)
+                + ": harvest it with that heldout_every"
+            )
+    return first
 
 
 def _identify(store: Store) -> str:

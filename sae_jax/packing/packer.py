@@ -78,6 +78,13 @@ class Packer:
                 "no text: no document has a token; give files with text in them"
             )
         for split in self._splits.values():
+            if not split.n_documents:
+                raise ValueError(
+                    f"the text has {len(self.names)} documents with tokens, and none "
+                    f"of them is {split.name}: whole documents are held out, about one "
+                    f"in {self._heldout_every}; give more files, or JSON lines with a "
+                    "document a line"
+                )
             split.finish()
         for split in self._splits.values():
             yield from split.take_blocks(is_last=True)
@@ -121,8 +128,8 @@ class _Split:
         rows_per_chunk: int,
         sequences_per_block: int,
     ):
-        self.n_dropped = 0
-        self._name = name
+        self.name = name
+        self.n_documents = self.n_dropped = 0
         self._layout = layout
         self._quota = quota  # of rows
         self._rows_per_chunk = rows_per_chunk
@@ -152,6 +159,7 @@ class _Split:
         self._owners.append(document)
         self._lengths.append(length)
         self.n_dropped += length
+        self.n_documents += 1
         # A token gives at most two rows, its own and that of a context's first.
         may_be_full = self._n_laid_rows + 2 * len(self._text) >= self._quota
         a_block = self._sequences_per_block * self._layout.context_length
@@ -163,7 +171,7 @@ class _Split:
         self._lay()
         if not self.n_rows:
             raise ValueError(
-                f"the {self._name} documents give {self._n_laid_rows} rows in contexts "
+                f"the {self.name} documents give {self._n_laid_rows} rows in contexts "
                 f"of context_length = {self._layout.context_length}, and one chunk "
                 f"takes rows_per_chunk = {self._rows_per_chunk}: give more text, or "
                 "lower them"
@@ -183,7 +191,7 @@ class _Split:
         self.n_dropped -= int(np.count_nonzero(documents != NO_DOCUMENT)) - n_lead
         for first in range(0, n, size):
             block = slice(first, first + size)
-            yield Contexts(self._name, tokens[block], documents[block])
+            yield Contexts(self.name, tokens[block], documents[block])
 
     def _lay(self) -> None:
         """Text becomes contexts; what of joined text fills none is kept."""

@@ -62,6 +62,12 @@ def check_same_settings(
         old, new = getattr(begun, name), value
         if name == "subject":
             old, new = _drop_name(old), _drop_name(new)
+        if name == "corpus" and old != new:
+            raise ValueError(
+                f"the store at {str(folder)!r} was begun with another text: give the "
+                "same --text and --text_field and files that have not changed, or "
+                "another --out, or delete the folder"
+            )
         if name not in _FOUND and old != new:
             raise ValueError(
                 f"the store at {str(folder)!r} was begun with {name} = {old!r}, this "

@@ -217,7 +217,7 @@ def finish_read(read: Any, folder: Folder, file: str) -> Any:
             raise_plainly(folder, error)
         raise ValueError(
             f"damaged shard {folder.name_file(file)}: {str(error).splitlines()[0]}; "
-            "restore the file or harvest the store again"
+            "restore the file, or delete the folder and harvest again"
         ) from error
 
 
@@ -264,9 +264,9 @@ def find_manifest(folder: Folder) -> Manifest | None:
             f"{file} is not a store's manifest ({error}): delete the folder and "
             "harvest again"
         ) from error
-    cure = "harvest the store again"
+    cure = "delete the folder and harvest again"
     if isinstance(version, int) and version > VERSION:
-        cure = "upgrade sae_jax (pip install -U sae_jax), or harvest the store again"
+        cure = f"upgrade sae_jax (pip install -U sae_jax), or {cure}"
     raise ValueError(
         f"{file} has version {version!r}, this sae_jax reads version {VERSION}: {cure}"
     )

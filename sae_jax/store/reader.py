@@ -306,7 +306,7 @@ def _check_files(folder: Folder, manifest: Manifest) -> None:
     for file, fault in find_bad_files(folder, list_files(manifest)):
         raise ValueError(
             f"damaged store: {folder.name_file(file)} {fault}; restore the file or "
-            "harvest the store again"
+            "delete the folder and harvest again"
         )
 
 

@@ -62,7 +62,11 @@ class Stream:
         if window_chunks is None:
             most = max(1, _MOST_ROWS // (self._rows * data.lanes))
             window_chunks = min(most, choose_window(order, data, self._rows))
-        self.data = dataclasses.replace(data, window_chunks=window_chunks)
+        self.data = dataclasses.replace(
+            data,
+            window_chunks=window_chunks,
+            heldout_every=self._manifest.heldout_every,
+        )
 
     def __str__(self) -> str:
         return f"{self.site} of subject {self._subject.name!r}, without a store"
@@ -191,7 +195,7 @@ def _pack(subject: Subject, config: TrainConfig, folder: Folder) -> Manifest:
         context_length=stream.context_length or subject.context_length,
         max_rows=None,
         bos=bos,
-        heldout_every=HELDOUT_EVERY,
+        heldout_every=config.data.heldout_every or HELDOUT_EVERY,
         rows_per_shard=ROWS_PER_SHARD,
         rows_per_chunk=1,
         seed=config.seed,
