@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
     synthetic.write_store(folder / "unfinished", train_shards=2, finish=False)
     synthetic.write_store(folder / "heldout", train_shards=0)
     torn = synthetic.write_store(folder / "torn", train_shards=2)
-    file = torn / "acts" / synthetic.SITE / "c" / "1" / "0"
+    file = torn / "acts" / synthetic.SITE / "c" / "1" / "0" / "0"
     file.write_bytes(file.read_bytes()[:-100])
     tests = str(synthetic.__file__).rpartition("/")[0]
     for store in (good, folder / "unfinished", folder / "heldout", torn):
@@ -92,7 +92,7 @@ CASES = {
         "train --config=unfinished.py --workdir=out",
         "unfinished",
     ),
-    "torn shard": ("train --config=torn.py --workdir=out", "c/1/0"),
+    "torn shard": ("train --config=torn.py --workdir=out", "c/1/0/0"),
     "only held-out rows": ("train --config=heldout.py --workdir=out", "held-out"),
     "misspelt field": (
         "train --config=good.py --workdir=out --config.sae.n_latent=64",
@@ -100,7 +100,7 @@ CASES = {
     ),
     "no store named": ("inspect", "give one store: sae-jax inspect STORE"),
     "no store": ("inspect nothing", "no store at 'nothing'"),
-    "store with a torn shard": ("inspect torn", "c/1/0: restore"),
+    "store with a torn shard": ("inspect torn", "c/1/0/0: restore"),
     "no run folder": ("evaluate nothing", "nothing"),
     "no argument": ("evaluate", "give one run folder"),
 }

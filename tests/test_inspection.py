@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
-import types
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +23,6 @@ from test_store import (
     make_manifest,
 )
 
-from sae_jax.cli import inspect as command
 from sae_jax.inspection import describe, figures, inspect, page
 from sae_jax.store import Contexts, Folder, StoreWriter, open_store, statistics
 
@@ -436,14 +437,25 @@ def test_text_is_narrow_and_has_every_part(path):
 
 
 @pytest.fixture
-def run(monkeypatch):
-    """The command, with these flags."""
+def run():
+    """The command, in a process of its own: flags of commands share names."""
 
     def run(*arguments, **values):
-        for name in ("verify", "out", "json", "seed", "subject"):
-            flag = types.SimpleNamespace(value=values.get(name))
-            monkeypatch.setattr(command, f"_{name.upper()}", flag)
-        command.main(["inspect", *map(str, arguments)])
+        given = [
+            f"--{name}" if value is True else f"--{name}={value}"
+            for name, value in values.items()
+        ]
+        done = subprocess.run(
+            [sys.executable, "-c", "from sae_jax.cli import run; run()", "inspect"]
+            + [*given, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        print(done.stdout, end="")
+        print(done.stderr, end="", file=sys.stderr)
+        if done.returncode:
+            raise ValueError(done.stderr)
 
     return run
 
@@ -467,7 +479,7 @@ def test_the_command_prints_and_fails_where_files_do(path, run, capsys, tmp_path
         run(path, verify=True, json=True)
     assert len(json.loads(capsys.readouterr().out)["faults"]) == 2
     for arguments, values in (((), {}), ((path,), {"out": "no/such/page.html"})):
-        with pytest.raises(command.Misuse):
+        with pytest.raises(ValueError, match="sae-jax inspect: "):
             run(*arguments, **values)
 
 
