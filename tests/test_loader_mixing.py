@@ -32,10 +32,6 @@ class Text:
     def rows(self, split):
         return self._n_rows
 
-    def chunks(self, split):
-        n = self.manifest.rows_per_chunk
-        return [(start, n) for start in range(0, self._n_rows, n)]
-
     def read_positions(self, ranges):
         rows = np.concatenate([np.arange(start, start + n) for start, n in ranges])
         return np.stack(np.divmod(rows, self.context_length), 1)

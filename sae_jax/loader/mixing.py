@@ -99,7 +99,6 @@ def measure_mixing(
     for step in steps:
         counts = np.zeros(4)
         for source, order in zip(sources, orders, strict=True):
-            chunks = np.asarray(source.store.chunks("train"))[:, 0]
             lanes = [
                 order.step_rows(step, lane_rows, lane) for lane in range(order.n_lanes)
             ]
@@ -108,8 +107,7 @@ def measure_mixing(
             n_drawn = min(n_rows, len(source.lanes) * lane_rows)
             even = rng.choice(n_rows, n_drawn, replace=False, shuffle=False)
             for i, rows in enumerate((np.concatenate(lanes), even)):
-                first = chunks[rows // order.rows_per_chunk]
-                counts[i::2] += _count(source, first + rows % order.rows_per_chunk)
+                counts[i::2] += _count(source, rows)
         found.append(counts)
     return Mixing(data.batch_rows, *np.mean(found, 0).tolist())
 

@@ -25,7 +25,7 @@ class Source:
 
     @property
     def n_chunks(self) -> int:
-        return len(self.store.chunks("train"))
+        return self.store.rows("train") // self.store.manifest.rows_per_chunk
 
     def __str__(self) -> str:
         return f"{self.site} of {self.store.path}"
@@ -87,21 +87,14 @@ def sample_rows(store: Store, site: str | None, n_rows: int, seed: int) -> np.nd
 
     The rows come from at least 64 chunks, where there are so many.
     """
-    rng = make_rng(seed, SAMPLE)
-    rows_per_chunk = store.manifest.rows_per_chunk
-    chunks = [
-        (start + offset, min(rows_per_chunk, rows - offset))
-        for start, rows in store.shards("train")
-        for offset in range(0, rows, rows_per_chunk)
-    ]
+    rng, length = make_rng(seed, SAMPLE), store.manifest.rows_per_chunk
     n_rows = min(n_rows, store.rows("train"))
-    # One more than needed by count, as one may be a part of a chunk.
-    n_chunks = min(len(chunks), max(_SAMPLE_CHUNKS, n_rows // rows_per_chunk + 2))
-    chosen = [chunks[i] for i in sorted(rng.permutation(len(chunks))[:n_chunks])]
-    available = sum(n for _, n in chosen)
-    rows = np.sort(rng.permutation(available)[:n_rows])
-    acts_bd = store.read_ranges(store.site(site), chosen)
-    return acts_bd[rows].astype(np.float32)
+    n_there = store.rows("train") // length
+    n_chunks = min(n_there, max(_SAMPLE_CHUNKS, -(-n_rows // length)))
+    chosen = np.sort(rng.choice(n_there, n_chunks, replace=False, shuffle=False))
+    rows = np.sort(rng.permutation(n_chunks * length)[:n_rows])
+    ranges = [(chunk * length, length) for chunk in chosen.tolist()]
+    return store.read_ranges(store.site(site), ranges)[rows].astype(np.float32)
 
 
 def _share_lanes(data: DataConfig, n_sources: int) -> list[int]:

@@ -34,7 +34,6 @@ class Windows:
     def __init__(self, source: Source, order: Order, lanes: Sequence[int]):
         self.order = order
         self._source, self._lanes = source, lanes
-        self._chunks = source.store.chunks("train")
         self._free: queue.SimpleQueue[_Buffer | None] = queue.SimpleQueue()
         n_rows = len(lanes) * order.most_rounds * order.rows_per_chunk
         width, is_int8 = source.store.width(source.site), source.store.dtype == "int8"
@@ -82,7 +81,7 @@ class Windows:
             i * n_rows + order.rows(window, lane) for i, lane in enumerate(self._lanes)
         ])
         ranges = [
-            self._chunks[chunk]
+            (chunk * chunk_rows, chunk_rows)
             for lane in self._lanes
             for chunk in order.chunks(window, lane)
         ]

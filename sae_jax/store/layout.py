@@ -1,6 +1,7 @@
 """What a store's files hold, and how each array lies in them."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -17,6 +18,7 @@ SPLITS = ("train", "heldout")
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
 MANIFEST = "manifest.json"
 DOCUMENTS = "documents.json"
+CURE = "restore the file, or delete the folder and harvest again"
 _RECORDS = "shards/"
 _CHUNKS_TOGETHER = 16
 
@@ -71,7 +73,7 @@ class Manifest:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}, not one of {', '.join(DTYPES)}")
 
-    @property
+    @functools.cached_property  # of many shards: not for each of them anew
     def row_shards(self) -> list[RowShard]:
         """The files of rows, in their order: those of train, then those of heldout."""
         return [
@@ -79,6 +81,11 @@ class Manifest:
             for split in SPLITS
             for first in range(0, self.rows.get(split, 0), self.rows_per_shard)
         ]
+
+    def first_row(self, split: str) -> int:
+        """The number of a split's first row: files are counted as if all were full."""
+        n_train = -(-self.rows["train"] // self.rows_per_shard)
+        return n_train * self.rows_per_shard if split == "heldout" else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +224,7 @@ def finish_read(read: Any, folder: Folder, file: str) -> Any:
             raise_plainly(folder, error)
         raise ValueError(
             f"damaged shard {folder.name_file(file)}: {str(error).splitlines()[0]}; "
-            "restore the file, or delete the folder and harvest again"
+            f"{CURE}"
         ) from error
 
 

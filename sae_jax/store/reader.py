@@ -11,6 +11,7 @@ import tensorstore as ts
 
 from sae_jax.store.folder import Folder
 from sae_jax.store.layout import (
+    CURE,
     DOCUMENTS,
     DTYPES,
     SPLITS,
@@ -58,7 +59,7 @@ class Store:
     """A complete store, open for reading. Use `open_store`.
 
     A row's number counts the files of rows as if all were full: those of train come
-    first, so train rows are 0 to `rows("train")`.
+    first, so train rows are 0 to `rows("train")`. The rows of a split are whole chunks.
     """
 
     def __init__(self, folder: Folder, manifest: Manifest):
@@ -114,15 +115,6 @@ class Store:
             (index * self.manifest.rows_per_shard, shard.rows)
             for index, shard in enumerate(self._shards)
             if shard.split == split
-        ]
-
-    def chunks(self, split: str) -> list[Range]:
-        """The chunks of the split, which are all whole."""
-        n = self.manifest.rows_per_chunk
-        return [
-            (start + offset, n)
-            for start, rows in self.shards(split)
-            for offset in range(0, rows, n)
         ]
 
     def read_ranges(
@@ -183,12 +175,7 @@ class Store:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The number of the row at each position of these contexts, int64 [n, T], and
         whether there is one, bool [n, T]."""
-        sequences = np.asarray(sequences, np.int64)
-        rows_nt, is_row_nt = self._text.find_rows(sequences)
-        splits = np.array([shard["split"] for shard in self.manifest.text_shards])
-        is_heldout = splits[sequences // self.manifest.contexts_per_shard] == "heldout"
-        n_train = len(self.shards("train")) * self.manifest.rows_per_shard
-        return rows_nt + n_train * is_heldout[:, None], is_row_nt
+        return self._text.find_rows(np.asarray(sequences, np.int64))
 
     def sequences(self, split: str) -> np.ndarray:
         """The indices of the split's contexts, ascending, int64."""
@@ -246,21 +233,17 @@ class Store:
 
     def _check_filled(self, starts: np.ndarray, stops: np.ndarray) -> None:
         """ValueError unless each of these ranges has rows of one split."""
-        is_filled = np.zeros(len(starts), bool)
+        is_filled, has = np.zeros(len(starts), bool), []
         for split in SPLITS:
-            if shards := self.shards(split):
-                first = shards[0][0]
-                is_filled |= (first <= starts) & (stops <= first + self.rows(split))
+            first = self.manifest.first_row(split)
+            end = first + self.rows(split)
+            is_filled |= (first <= starts) & (stops <= end)
+            has.append(f"{split} rows {first} to {end}")
         if not is_filled.all():
             i = int(np.argmin(is_filled))
-            rows = {split: self.shards(split) for split in SPLITS}
-            has = ", ".join(
-                f"{split} rows {shards[0][0]} to {shards[0][0] + self.rows(split)}"
-                for split, shards in rows.items()
-                if shards
-            )
             raise ValueError(
-                f"no rows {starts[i]} to {stops[i]} in {self.path!r}, which has {has}"
+                f"no rows {starts[i]} to {stops[i]} in {self.path!r}, which has "
+                f"{' and '.join(has)}"
             )
 
 
@@ -270,11 +253,11 @@ def read_document_names(folder: Folder, manifest: Manifest) -> list[str]:
     try:
         names = json.loads(folder.read(DOCUMENTS) or b"")
     except ValueError as error:
-        raise ValueError(f"cannot read {file}: {error}; harvest again") from error
+        raise ValueError(f"cannot read {file}: {error}; {CURE}") from error
     if len(names) != manifest.n_documents:
         raise ValueError(
             f"{file} has {len(names)} names, the store {manifest.n_documents} "
-            "documents; harvest again"
+            f"documents; {CURE}"
         )
     return names
 
@@ -304,10 +287,7 @@ def _join(rows: np.ndarray) -> list[Range]:
 def _check_files(folder: Folder, manifest: Manifest) -> None:
     """ValueError unless each shard's file is there; on a disk, in its full size."""
     for file, fault in find_bad_files(folder, list_files(manifest)):
-        raise ValueError(
-            f"damaged store: {folder.name_file(file)} {fault}; restore the file or "
-            "delete the folder and harvest again"
-        )
+        raise ValueError(f"damaged store: {folder.name_file(file)} {fault}; {CURE}")
 
 
 def find_bad_files(

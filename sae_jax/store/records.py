@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from sae_jax.store import statistics
 from sae_jax.store.folder import Folder
-from sae_jax.store.layout import Manifest, record_name, statistics_name
+from sae_jax.store.layout import CURE, Manifest, record_name, statistics_name
 from sae_jax.store.statistics import Statistics, Sums
 
 _BROKEN = (KeyError, OSError, TypeError, ValueError)
@@ -45,8 +45,8 @@ def read_site_statistics(folder: Folder, site: str) -> Statistics:
     name = statistics_name(site)
     data, file = folder.read(name), folder.name_file(name)
     if data is None:
-        raise ValueError(f"{file} is missing: harvest again")
+        raise ValueError(f"{file} is missing: {CURE}")
     try:
         return statistics.read_statistics(data)
     except _BROKEN as error:
-        raise ValueError(f"cannot read {file}: {error}; harvest again") from error
+        raise ValueError(f"cannot read {file}: {error}; {CURE}") from error

@@ -4,6 +4,7 @@ The rows of a split are the kept positions of its contexts, one context after th
 A position is kept unless it is padding (document -1) or holds an excluded token.
 """
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -56,13 +57,13 @@ class Text:
         self._layouts = {array.name: array for array in list_text_arrays(manifest)}
         self._arrays: dict[str, ts.TensorStore] = {}
         self._find_shard = functools.lru_cache(maxsize=64)(self._find_shard_rows)
-        # Of each file of text: how many rows of its split come before it.
-        self._rows_before: list[int] = []
+        # The files of text of each split, and how many of its rows come before each.
         self._shards_of: dict[str, list[int]] = {split: [] for split in SPLITS}
+        self._rows_before: dict[str, list[int]] = {split: [] for split in SPLITS}
         total = dict.fromkeys(SPLITS, 0)
         for index, shard in enumerate(manifest.text_shards):
-            self._rows_before.append(total[shard["split"]])
             self._shards_of[shard["split"]].append(index)
+            self._rows_before[shard["split"]].append(total[shard["split"]])
             total[shard["split"]] += shard["rows"]
 
     def sequences(self, split: str) -> np.ndarray:
@@ -92,24 +93,27 @@ class Text:
         return values
 
     def find_rows(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the rows of contexts are: in their split, int64 [n, T], and whether a
-        position is one, bool [n, T]."""
+        """The number of the row at each position of contexts, int64 [n, T], and
+        whether there is one, bool [n, T]."""
         n, t = self._manifest.contexts_per_shard, self._manifest.context_length
         rows = np.empty((len(sequences), t), np.int64)
         is_kept = np.empty((len(sequences), t), bool)
         for i, sequence in enumerate(np.asarray(sequences).tolist()):
-            rows_nt, is_kept_nt = self._find_shard(sequence // n)
-            rows[i], is_kept[i] = rows_nt[sequence % n], is_kept_nt[sequence % n]
+            shard, place = divmod(sequence, n)
+            rows_nt, is_kept_nt = self._find_shard(shard)
+            split = self._manifest.text_shards[shard]["split"]
+            rows[i] = self._manifest.first_row(split) + rows_nt[place]
+            is_kept[i] = is_kept_nt[place]
         return rows, is_kept
 
     def select(self, split: str, first: int, n_rows: int) -> Selection:
         """The contexts that hold these rows of the split."""
-        parts = []
-        for shard in self._shards_of[split]:
-            before = self._rows_before[shard]
-            n_shard = self._manifest.text_shards[shard]["rows"]
-            if before < first + n_rows and first < before + n_shard:
-                parts.append(self._select_in(shard, first, n_rows))
+        shards, before = self._shards_of[split], self._rows_before[split]
+        start = bisect.bisect_right(before, first) - 1
+        stop = bisect.bisect_left(before, first + n_rows)
+        parts = [
+            self._select_in(shard, first, n_rows) for shard in shards[start:stop]
+        ]
         return Selection(
             np.concatenate([part.sequences for part in parts]),
             np.concatenate([part.tokens for part in parts]),
@@ -134,7 +138,9 @@ class Text:
             self.read("documents", sequences),
             self._manifest.excluded_ids,
         )
-        rows = self._rows_before[shard] + np.cumsum(is_kept).reshape(is_kept.shape) - 1
+        place = bisect.bisect_left(self._shards_of[split], shard)
+        before = self._rows_before[split][place]
+        rows = before + np.cumsum(is_kept).reshape(is_kept.shape) - 1
         # The last rows of a split, short of a chunk, are not stored.
         return rows, is_kept & (rows < self._manifest.rows[split])
 

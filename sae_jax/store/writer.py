@@ -123,7 +123,7 @@ class StoreWriter:
 
         `on_rows` is told how many rows were found so far.
         """
-        manifest = self.manifest
+        manifest, n_rows = self.manifest, 0
         shards: list[dict[str, Any]] = []
         arrays = list_text_arrays(manifest)
         with self._full_disk_named():
@@ -139,8 +139,9 @@ class StoreWriter:
                     "contexts": len(block.tokens),
                     "rows": int(is_kept.sum()),
                 })
+                n_rows += shards[-1]["rows"]
                 if on_rows is not None:
-                    on_rows(sum(shard["rows"] for shard in shards))
+                    on_rows(n_rows)
             for array in arrays:
                 self.folder.delete(f"{array.name}/zarr.json")
             self._open(arrays, len(shards))
