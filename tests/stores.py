@@ -1,4 +1,4 @@
-"""Stores written from arrays."""
+"""Stores written from arrays, and writing that fails on its way."""
 
 import ml_dtypes
 import numpy as np
@@ -94,3 +94,17 @@ def write(path, manifest, blocks, names, finish=True):
         if finish:
             assert writer.finish()
     return path
+
+
+def fail_after(monkeypatch, owner, name, n_calls, error):
+    """So many calls of the owner's method pass, every later one raises the error."""
+    method, n_left = getattr(owner, name), n_calls
+
+    def call(*arguments):
+        nonlocal n_left
+        n_left -= 1
+        if n_left < 0:
+            raise error
+        return method(*arguments)
+
+    monkeypatch.setattr(owner, name, call)

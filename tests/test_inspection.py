@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import stores
-from test_store import (
+from numbered_stores import (
     NAMES,
     PER_CHUNK,
     ROWS,
@@ -30,7 +31,7 @@ SITE = "resid_post.0"
 
 
 def write(path, sites=SITES, rows=ROWS, change=None, **fields):
-    """The store of test_store, whose documents belong to one split each."""
+    """A store whose documents belong to one split each."""
     blocks = []
     for split, acts, tokens, _ in make_blocks(rows, sites):
         if change:
@@ -277,6 +278,24 @@ def _overwrite(path, name, first, values):
         array[first : first + len(values)].write(values).result()
 
 
+def test_names_that_disagree_are_found(path):
+    """With the split that they tell, and with what documents.json is."""
+    file = path / "documents.json"
+    for names, fault in (
+        (["b", "a", "c"], "calls document 1 'a', which with heldout_every = 5 is held"),
+        (["b", "d", "e"], "calls document 2 'e', .* is train, and .* are heldout"),
+        (["b", 3, "c"], "is not a list of names"),
+        ({"b": 0, "d": 1, "c": 2}, "is not a list of names"),
+    ):
+        file.write_text(json.dumps(names))
+        found = inspect(path, verify=True).faults
+        assert list(found) == ["documents.json"]
+        assert re.match(fault, found["documents.json"])
+    file.write_text(json.dumps(NAMES))
+    _edit(path, heldout_every=1000)
+    assert "heldout_every = 1000 is train" in inspect(path, True).faults[file.name]
+
+
 def test_rows_of_other_positions_are_found(path):
     """A row that is there twice, so that another is missing."""
     positions = open_store(path).read_positions([(64, 64)])
@@ -343,7 +362,7 @@ def test_padding_and_excluded_tokens_are_no_fault(tmp_path):
             Contexts("train", tokens[i : i + 7], documents[i : i + 7])
             for i in range(0, 20, 7)
         ]
-        writer.write_text(stores.Blocks(blocks, ["a"], PER_CHUNK, [3]))
+        writer.write_text(stores.Blocks(blocks, ["b"], PER_CHUNK, [3]))
         stores.write_shards(writer, {"train": {SITE: acts[is_kept]}})
         assert writer.finish()
     found = inspect(path, verify=True)
@@ -380,7 +399,8 @@ def test_an_incomplete_store_is_inspected(tmp_path):
     (path / f"acts/{SITE}/c/1/0/0").write_bytes(b"being written")
     found = inspect(path, verify=True)
     # make_blocks has a document in both splits
-    assert {file.partition("/")[0] for file in found.faults} == {"documents"}
+    in_both = {"documents", "documents.json"}
+    assert {file.partition("/")[0] for file in found.faults} == in_both
     assert found.missing_shards == [1, 4] and found.rows_written == 64 + 32 + 64
     assert "3 of 5 shards are written, missing is 1, 4; run the same" in _state(found)
     assert (found.splits["train"].written, found.splits["heldout"].written) == (2, 1)
@@ -475,6 +495,10 @@ def test_the_command_prints_and_fails_where_files_do(path, run, capsys, tmp_path
         run(path, verify=True)
     out, _ = capsys.readouterr()
     assert "tokens/c/0/0 is damaged" in out and "positions/c/1/0/0 is damaged" in out
+    (path / "tokens/c/0/0").unlink()
+    with pytest.raises(ValueError, match="1 file at fault, tokens/c/0/0: restore"):
+        run(path)
+    assert "1 file at fault:" in capsys.readouterr().out
     with pytest.raises(ValueError):
         run(path, verify=True, json=True)
     assert len(json.loads(capsys.readouterr().out)["faults"]) == 2

@@ -5,12 +5,14 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 import pytest
-from test_store import row_ids, write_store
+from numbered_stores import row_ids, write_store
 
 from sae_jax import loader
 from sae_jax.config import DataConfig, MeshConfig
+from sae_jax.loader.sources import _round_shares, _share_lanes
 from sae_jax.loader.windows import Windows, buffer_bytes
 from sae_jax.mesh import make_mesh, single_device_mesh
+from sae_jax.store import open_store
 
 SITES = {"resid_post.0": 4, "mlp_act.1": 6, "resid_post.2": 4}
 SITE = "resid_post.0"
@@ -120,8 +122,21 @@ def test_samples_are_shared_out_as_lanes_are(stores):
         (
             2,
             dict(site=SITE, weights=(0.3, 0.7)),
-            "no data.lanes that divides data.batch_rows = 32 does",
+            "no data.lanes that divides data.batch_rows = 32 does; give data.weights = "
+            r"\(2, 6\)$",
         ),
+        (
+            2,
+            dict(site=SITE, weights=(0.3, 0.7), batch_rows=512),
+            r"= 512 does; give data.weights = \(2, 6\), or, nearer, data.lanes = 64 "
+            r"with data.weights = \(19, 45\)$",
+        ),
+        (
+            2,
+            dict(site=SITE, weights=(0.3, 0.7), batch_rows=512, lanes=1),
+            r"512 does; give data.lanes = 64 with data.weights = \(19, 45\)$",
+        ),
+        (1, dict(site=f"{SITE},{SITE}"), f"{SITE} of .* and {SITE} of .* are the same"),
         (2, dict(site="a.0,b.0,c.0"), "names 2 stores and data.site 3 sites"),
         (1, dict(site="resid_post.0,mlp_act.1"), "is 4 wide, mlp_act.1 of .* is 6"),
         (1, dict(site="resid_post.0,resid_post.9"), "no site 'resid_post.9'"),
@@ -132,6 +147,25 @@ def test_sources_that_do_not_fit_are_refused(stores, n_stores, settings, message
     with pytest.raises(ValueError, match=message) as error:
         loader.find_sources(make_data(**settings), stores[:n_stores])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shares, n", [((0.001, 0.001, 0.998), 8), ((0.3, 0.7), 64)])
+def test_weights_that_are_offered_fit(shares, n):
+    counts = _round_shares(shares, n)
+    assert sum(counts) == n and min(counts) > 0
+    assert _share_lanes(make_data(weights=counts, lanes=n, batch_rows=n), len(counts))
+
+
+def test_a_store_that_is_named_twice_is_refused(stores, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(stores[0].path)
+    data = make_data(site=SITE)
+    with pytest.raises(ValueError, match=f"of {stores[0].path} and .* of {link}") as e:
+        loader.find_sources(data, [stores[0], open_store(link)])
+    assert "are the same rows: name each store once" in str(e.value)
+    both = make_data(site="resid_post.0, resid_post.2")
+    sites = loader.find_sources(both, [stores[0], open_store(link)])
+    assert len(sites) == 2  # another site of a store is another source
 
 
 def test_thirds_need_not_be_exact(stores):

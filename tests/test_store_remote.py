@@ -4,8 +4,7 @@ import errno
 
 import pytest
 import stores
-from s3_server import bucket, server  # noqa: F401
-from test_store import (
+from numbered_stores import (
     NAMES,
     ROWS,
     SITES,
@@ -14,6 +13,7 @@ from test_store import (
     make_blocks,
     make_manifest,
 )
+from s3_server import bucket, server  # noqa: F401
 
 from sae_jax.inspection import inspect
 from sae_jax.store import Folder, open_store
@@ -42,7 +42,7 @@ def test_a_bucket_holds_the_same_bytes_as_a_disk(bucket, tmp_path):  # noqa: F81
     sequences = store.sequences("heldout")[::-1]
     acts = [part.read_contexts("mlp_act.1", sequences)[0] for part in (store, local)]
     assert acts[0].tobytes() == acts[1].tobytes()
-    assert store.document_name(1) == "b"
+    assert store.document_name(1) == "d"
 
 
 def test_faults_in_a_bucket_are_named(bucket):  # noqa: F811
@@ -68,9 +68,12 @@ def test_a_bucket_is_verified(bucket, server, tmp_path):  # noqa: F811
     write_store(tmp_path / "store")
     found, local = (inspect(p, verify=True) for p in (bucket, tmp_path / "store"))
     assert found.bytes == local.bytes and found.splits == local.splits
-    # The documents of test_store are in both splits.
+    # Each document of the store is in both splits.
     assert found.faults == local.faults
-    assert {name.partition("/")[0] for name in found.faults} == {"documents"}
+    assert {name.partition("/")[0] for name in found.faults} == {
+        "documents",
+        "documents.json",
+    }
     files = Folder(bucket)
     for name in ("acts/mlp_act.1/c/1/0/0", "tokens/c/0/0"):
         data = files.read(name)

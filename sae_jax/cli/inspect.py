@@ -18,7 +18,7 @@ from absl import flags
 
 from sae_jax.cli.errors import Misuse
 from sae_jax.inspection import inspect
-from sae_jax.inspection.describe import format_inspection
+from sae_jax.inspection.describe import count_faults, format_inspection
 from sae_jax.inspection.page import write_page
 from sae_jax.subjects import load_subject
 
@@ -48,7 +48,8 @@ def main(argv: Sequence[str]) -> None:
         if not _JSON.value:
             print(f"\n{_OUT.value}")
     if found.faults:
+        one = "" if len(found.faults) == 1 else "one of them "
         raise ValueError(
-            f"{found.path!r} has {len(found.faults)} files at fault, one of them "
-            f"{min(found.faults)}: restore them, or delete the store and harvest again"
+            f"{found.path!r} has {count_faults(found)}, {one}{min(found.faults)}: "
+            "restore what is damaged, or delete the store and harvest again"
         )

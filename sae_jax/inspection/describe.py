@@ -46,6 +46,12 @@ def describe_state(inspection: Inspection) -> str:
     )
 
 
+def count_faults(inspection: Inspection) -> str:
+    """How many files are at fault, in words."""
+    n = len(inspection.faults)
+    return "1 file at fault" if n == 1 else f"{n:,} files at fault"
+
+
 def list_settings(inspection: Inspection) -> dict[str, str]:
     """What the store is, by name."""
     manifest, subject = inspection.manifest, inspection.manifest.subject
@@ -178,7 +184,7 @@ def _describe_faults(inspection: Inspection) -> Iterator[str]:
     if not inspection.faults:
         yield f"{read}; no fault found"
         return
-    yield f"{read}; {len(inspection.faults):,} files at fault:"
+    yield f"{read}; {count_faults(inspection)}:"
     for file, fault in inspection.faults.items():
         yield f"  {file} {fault}"
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from sae_jax.store import Statistics, Store, mix
 
 # How far a source's share of the lanes may be from a whole number: 0.333 is a third.
 _TOLERANCE = 0.01
+_NEAR = 0.01  # how far a share that is offered instead may be from the one asked
 _SAMPLE_CHUNKS = 64
 
 
@@ -40,7 +42,8 @@ def find_sources(data: DataConfig, stores: Sequence[Store]) -> tuple[Source, ...
     """The sources of a run, whose stores `list_stores` names and the caller opened.
 
     One store with several sites, or several stores with one, use it for all. Raises
-    ValueError, one line, if they do not fit each other or the lanes.
+    ValueError, one line, if they do not fit each other or the lanes, or if two are the
+    same rows.
     """
     sites = [site.strip() for site in data.site.split(",")] if data.site else [None]
     n = max(len(stores), len(sites))
@@ -60,6 +63,7 @@ def find_sources(data: DataConfig, stores: Sequence[Store]) -> tuple[Source, ...
         for (store, site), lanes in zip(pairs, itertools.pairwise(ends), strict=True)
     )
     _check_alike(sources)
+    _check_apart(sources)
     return sources
 
 
@@ -127,9 +131,51 @@ def _share_lanes(data: DataConfig, n_sources: int) -> list[int]:
             f"give data.lanes = {(larger or fitting)[0]}"
             if fitting
             else f"no data.lanes that divides data.batch_rows = {data.batch_rows} "
-            "does; give other data.weights, or another data.batch_rows"
+            f"does; give {_offer_weights(shares, data.lanes, divisors)}"
         )
     )
+
+
+def _offer_weights(shares: Sequence[float], n_lanes: int, divisors: list[int]) -> str:
+    """Weights near these shares that do come to whole lanes."""
+    offers = []
+    if n_lanes >= len(shares):
+        offers.append(f"data.weights = {_round_shares(shares, n_lanes)}")
+    for n in divisors:
+        if n <= n_lanes or n < len(shares):
+            continue
+        counts = _round_shares(shares, n)
+        if all(abs(c / n - s) <= _NEAR for c, s in zip(counts, shares, strict=True)):
+            offers.append(f"data.lanes = {n} with data.weights = {counts}")
+            break
+    return ", or, nearer, ".join(offers) or "other data.weights"
+
+
+def _round_shares(shares: Sequence[float], n_lanes: int) -> tuple[int, ...]:
+    """The nearest whole numbers of lanes, none zero, that come to all lanes."""
+    counts = [max(1, round(share * n_lanes)) for share in shares]
+    while (missing := n_lanes - sum(counts)) != 0:
+        sign = 1 if missing > 0 else -1
+        excess = [
+            sign * (share * n_lanes - count) if count + sign > 0 else -float("inf")
+            for share, count in zip(shares, counts, strict=True)
+        ]
+        counts[excess.index(max(excess))] += sign
+    return tuple(counts)
+
+
+def _check_apart(sources: Sequence[Source]) -> None:
+    """Rows that came twice would count as others, and be seen twice in an epoch."""
+    seen: dict[tuple[str, str], Source] = {}
+    for source in sources:
+        path, is_local = source.store.path, source.store.is_local
+        place = os.path.realpath(path) if is_local else path, source.site
+        if place in seen:
+            raise ValueError(
+                f"{seen[place]} and {source} are the same rows: name each store once, "
+                "and say with data.weights how much of it to take"
+            )
+        seen[place] = source
 
 
 def _check_alike(sources: Sequence[Source]) -> None:

@@ -40,7 +40,8 @@ def pack(
 
 
 class Packer:
-    """Gives blocks of contexts, once; the figures hold when it has come to its end."""
+    """Gives blocks of contexts, once; the figures hold when it has come to its end,
+    and `rows` are on the way those found so far."""
 
     def __init__(
         self,

@@ -26,14 +26,14 @@ def choose_manifest(folder: Folder, planned: Manifest) -> Manifest:
 
     Where the text was not packed nothing is lost by beginning again.
     """
-    begun = read_begun(folder)
+    begun = _read_begun(folder)
     if begun is None or not begun.is_packed:
         return planned
-    check_same_settings(folder, begun, dataclasses.asdict(planned))
+    _check_same_settings(folder, begun, dataclasses.asdict(planned))
     return begun
 
 
-def read_begun(folder: Folder) -> Manifest | None:
+def _read_begun(folder: Folder) -> Manifest | None:
     """The manifest of the store begun there; None where a new one may begin.
 
     Raises ValueError if anything else is there.
@@ -47,14 +47,17 @@ def read_begun(folder: Folder) -> Manifest | None:
     if folder.is_local and folder.path.is_dir():
         others += [file.name for file in folder.path.iterdir() if file.is_dir()]
     if others:
+        # Another process may have begun it since: what is there comes after a manifest.
+        manifest = find_manifest(folder)
+    if others and manifest is None:
         raise ValueError(
             f"{str(folder)!r} is not a store and not empty (it has {min(others)!r}): "
             "give a new folder"
         )
-    return None
+    return manifest
 
 
-def check_same_settings(
+def _check_same_settings(
     folder: Folder, begun: Manifest, settings: Mapping[str, Any]
 ) -> None:
     """ValueError, naming the field, if the store was begun with another setting."""

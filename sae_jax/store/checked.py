@@ -12,6 +12,7 @@ import numpy as np
 
 from sae_jax.store.folder import Folder, is_unreachable, raise_plainly
 from sae_jax.store.layout import (
+    MISSING,
     ArrayLayout,
     Manifest,
     acts_name,
@@ -19,6 +20,7 @@ from sae_jax.store.layout import (
     list_row_arrays,
     list_text_arrays,
     scales_name,
+    tell_damage,
 )
 from sae_jax.store.quantise import Stored
 from sae_jax.store.reader import find_bad_files, list_files
@@ -133,7 +135,7 @@ class CheckedFiles:
                 n_shards = self._n_shards[piece.name]
                 self._arrays[piece.name] = array.open(self.folder, n_shards)
             except ValueError as error:
-                self.note(metadata, _shorten(error))
+                self.note(metadata, _tell(error))
                 return None
         first = piece.shard * array.shard_length
         begin = piece.start
@@ -151,7 +153,7 @@ class CheckedFiles:
         except (ValueError, OSError) as error:
             if is_unreachable(self.folder, error):
                 raise_plainly(self.folder, error)
-            self.note(self.name_file(piece), _shorten(error))
+            self.note(self.name_file(piece), _tell(error))
             return None
 
     def _cut(self, piece: Piece, values: np.ndarray) -> np.ndarray:
@@ -163,11 +165,6 @@ class CheckedFiles:
         return values[skip : skip + piece.stop - piece.start]
 
 
-def _shorten(error: Exception) -> str:
-    """What is wrong, without where: that is known."""
-    text = str(error).splitlines()[0].partition(" [")[0]
-    if "Digest mismatch" in text:
-        return "is damaged: its checksum is wrong"
-    if text.startswith("NOT_FOUND"):
-        return "is missing"
-    return f"is damaged: {text}"
+def _tell(error: Exception) -> str:
+    damage = tell_damage(error)
+    return "is missing" if damage == MISSING else f"is damaged: {damage}"

@@ -18,6 +18,7 @@ SPLITS = ("train", "heldout")
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
 MANIFEST = "manifest.json"
 DOCUMENTS = "documents.json"
+MISSING = "it is missing"
 CURE = "restore the file, or delete the folder and harvest again"
 _RECORDS = "shards/"
 _CHUNKS_TOGETHER = 16
@@ -223,9 +224,16 @@ def finish_read(read: Any, folder: Folder, file: str) -> Any:
         if is_unreachable(folder, error):
             raise_plainly(folder, error)
         raise ValueError(
-            f"damaged shard {folder.name_file(file)}: {str(error).splitlines()[0]}; "
-            f"{CURE}"
+            f"damaged shard {folder.name_file(file)}: {tell_damage(error)}; {CURE}"
         ) from error
+
+
+def tell_damage(error: Exception) -> str:
+    """What is wrong with a file that tensorstore could not read."""
+    text = str(error).splitlines()[0].partition(" [")[0]
+    if "Digest mismatch" in text:
+        return "its checksum is wrong"
+    return MISSING if text.startswith("NOT_FOUND") else text
 
 
 def acts_name(site: str) -> str:
@@ -279,9 +287,8 @@ def find_manifest(folder: Folder) -> Manifest | None:
     )
 
 
-def read_manifest(path: Any) -> Manifest:
+def read_manifest(folder: Folder) -> Manifest:
     """The manifest of a store, which may still be incomplete."""
-    folder = path if isinstance(path, Folder) else Folder(path)
     manifest = find_manifest(folder)
     if manifest is None:
         raise FileNotFoundError(

@@ -75,6 +75,10 @@ class Store:
             for name, array in self._layouts.items()
         }
 
+    def __str__(self) -> str:
+        splits = (f"{n:,} {split} rows" for split, n in self.manifest.rows.items())
+        return f"{self.path}: {', '.join(splits)} of {', '.join(self.sites)}"
+
     @property
     def sites(self) -> list[str]:
         return list(self.manifest.sites)
@@ -254,6 +258,8 @@ def read_document_names(folder: Folder, manifest: Manifest) -> list[str]:
         names = json.loads(folder.read(DOCUMENTS) or b"")
     except ValueError as error:
         raise ValueError(f"cannot read {file}: {error}; {CURE}") from error
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"{file} is not a list of names; {CURE}")
     if len(names) != manifest.n_documents:
         raise ValueError(
             f"{file} has {len(names)} names, the store {manifest.n_documents} "

@@ -1,7 +1,8 @@
 """Verification of a store: every file is read, and what they say must agree.
 
     files      there, of their size, and each chunk with its checksum
-    text       as many rows as the manifest says; no document in two splits
+    text       as many rows as the manifest says; no document in two splits, each in
+               the one that its name tells
     positions  those of the kept positions of the contexts, in order: so no row is
                there twice, and none is missing
     rows       finite
@@ -20,11 +21,18 @@ import numpy as np
 from sae_jax.progress import Progress
 from sae_jax.store import statistics
 from sae_jax.store.checked import CheckedFiles, Piece
-from sae_jax.store.layout import MANIFEST, SPLITS, record_name, statistics_name
+from sae_jax.store.layout import (
+    DOCUMENTS,
+    MANIFEST,
+    SPLITS,
+    record_name,
+    statistics_name,
+)
 from sae_jax.store.reader import read_document_names
 from sae_jax.store.records import merge_records, read_record, read_site_statistics
 from sae_jax.store.statistics import Statistics, Sums
 from sae_jax.store.text import NO_DOCUMENT, is_row
+from sae_jax.text import is_heldout
 
 _PIECE_BYTES = 2**25
 _TOLERANCE = 1e-9  # of float64 sums, whose order may be another
@@ -35,11 +43,6 @@ _MB = 10**6
 def verify(files: CheckedFiles, progress: bool = False) -> int:
     """Adds all that is wrong to `files.faults`; returns the bytes that were read."""
     files.note_bad_files()
-    if files.manifest.is_packed:
-        try:
-            read_document_names(files.folder, files.manifest)
-        except ValueError as error:
-            files.note_error(error)
     before = files.bytes_read
     _Verification(files, progress).run()
     return files.bytes_read - before
@@ -60,6 +63,8 @@ class _Verification:
             values = self._read(self._list_row_pieces())
             for split in SPLITS:
                 self._check_split(split, values)
+        if self._manifest.is_packed:
+            self._check_names()
         for site in self._manifest.sites if self._manifest.complete else ():
             self._check_statistics(site)
 
@@ -128,6 +133,26 @@ class _Verification:
             fault = f"has document {other[0]}, of which another split has a part, too"
             self._files.note(file, fault)
         self._split_of[ids] = this
+
+    def _check_names(self) -> None:
+        """A document's name says which split it is in."""
+        try:
+            names = read_document_names(self._files.folder, self._manifest)
+        except ValueError as error:
+            self._files.note_error(error)
+            return
+        every = self._manifest.heldout_every
+        for document, (name, known) in enumerate(
+            zip(names, self._split_of.tolist(), strict=True)
+        ):
+            split = "heldout" if is_heldout(name, every) else "train"
+            if known not in (_UNKNOWN, SPLITS.index(split)):
+                fault = (
+                    f"calls document {document} {name!r}, which with heldout_every = "
+                    f"{every} is {split}, and its contexts are {SPLITS[known]}"
+                )
+                self._files.note(DOCUMENTS, fault)
+                return
 
     def _check_shard(
         self, index: int, expected_n2: np.ndarray, values: Iterator[np.ndarray | None]

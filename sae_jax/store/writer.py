@@ -50,7 +50,8 @@ _MB = 10**6
 
 class TextBlocks(Protocol):
     """Contexts to write. When all were taken: the names of the documents, by id, and
-    by split the rows, in whole chunks, and the tokens that are in no context."""
+    by split the rows, in whole chunks, and the tokens that are in no context. On the
+    way `rows` are those found so far, never more than in the end."""
 
     @property
     def names(self) -> Sequence[str]: ...
@@ -123,7 +124,7 @@ class StoreWriter:
 
         `on_rows` is told how many rows were found so far.
         """
-        manifest, n_rows = self.manifest, 0
+        manifest = self.manifest
         shards: list[dict[str, Any]] = []
         arrays = list_text_arrays(manifest)
         with self._full_disk_named():
@@ -139,9 +140,8 @@ class StoreWriter:
                     "contexts": len(block.tokens),
                     "rows": int(is_kept.sum()),
                 })
-                n_rows += shards[-1]["rows"]
                 if on_rows is not None:
-                    on_rows(n_rows)
+                    on_rows(sum(blocks.rows.values()))
             for array in arrays:
                 self.folder.delete(f"{array.name}/zarr.json")
             self._open(arrays, len(shards))

@@ -1,0 +1,85 @@
+"""Where stores lie: addresses, services, and what these say."""
+
+import errno
+import os
+
+import pytest
+
+from sae_jax.store import Folder
+from sae_jax.store import folder as folders
+
+
+def test_tensorstore_says_that_a_disk_is_full():
+    text = "RESOURCE_EXHAUSTED: Error writing local file [os_error_code='28']"
+    assert folders.is_full_disk(ValueError(text))
+    assert not folders.is_full_disk(ValueError("[os_error_code='2']"))
+    for number in (errno.ENOSPC, errno.EDQUOT):  # no room, or no more for this user
+        assert folders.is_full_disk(OSError(number, ""))
+
+
+@pytest.mark.parametrize(
+    "url, message",
+    [
+        ("ftp://host/a", "not at ftp:"),
+        ("s3://", "give s3://BUCKET/FOLDER"),
+        ("gs://bucket/../a", "give gs://BUCKET/FOLDER"),
+    ],
+)
+def test_addresses_that_are_no_folder(url, message):
+    with pytest.raises(ValueError, match=message):
+        Folder(url)
+
+
+@pytest.mark.parametrize(
+    "text, expected, message",
+    [
+        ("HTTP response code: 403 with body: no", PermissionError, "the credentials"),
+        ("PERMISSION_DENIED: no", PermissionError, "the credentials"),
+        ("HTTP 404 with body: NoSuchBucket", FileNotFoundError, "no such bucket"),
+        ("CURL error Could not connect", OSError, "cannot be reached"),
+        ("UNAVAILABLE: 503", OSError, "cannot be reached"),
+        ("DATA_LOSS: 1", ValueError, "DATA_LOSS: 1"),
+    ],
+)
+def test_what_a_service_says_is_told_plainly(text, expected, message):
+    bucket = Folder("gs://bucket/a")
+    with pytest.raises(expected, match=message) as error:
+        folders.raise_plainly(bucket, ValueError(text))
+    assert type(error.value) is expected or expected is OSError
+    assert expected is ValueError or str(bucket) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        ({}, {}),
+        ({"AWS_REGION": "a", "AWS_DEFAULT_REGION": "b"}, {"aws_region": "a"}),
+        ({"AWS_DEFAULT_REGION": "b"}, {"aws_region": "b"}),
+        (
+            {"AWS_ENDPOINT_URL_S3": "http://a/", "AWS_ENDPOINT_URL": "http://b"},
+            {"endpoint": "http://a", "aws_region": "us-east-1"},
+        ),
+        (
+            {"AWS_ENDPOINT_URL": "http://b", "AWS_REGION": "a"},
+            {"endpoint": "http://b", "aws_region": "a"},
+        ),
+        (
+            {"AWS_ACCESS_KEY_ID": "key"},
+            {"aws_credentials": {"type": "environment"}},
+        ),
+    ],
+)
+def test_the_usual_variables_count(variables, expected):
+    assert folders._configure_s3(variables) == expected
+
+
+def test_a_server_that_says_nothing_is_not_waited_for(monkeypatch):
+    names = [f"TENSORSTORE_CURL_LOW_SPEED_{s}" for s in ("TIME_SECONDS", "LIMIT_BYTES")]
+    for name in names:
+        monkeypatch.setenv(name, "7")
+    Folder("s3://bucket/a")
+    assert [os.environ[name] for name in names] == ["7", "7"]  # as it was asked for
+    for name in names:
+        monkeypatch.delenv(name)
+    Folder("s3://bucket/a")
+    assert [os.environ[name] for name in names] == ["30", "1"]
