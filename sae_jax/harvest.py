@@ -14,10 +14,9 @@ done, the bytes are the same.
 import hashlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
 
 from sae_jax.packing import Layout, pack
 from sae_jax.progress import Progress
@@ -29,7 +28,6 @@ from sae_jax.store import (
     StoreWriter,
     Text,
     choose_manifest,
-    find_manifest,
     open_store,
 )
 from sae_jax.subjects import AnySubject
@@ -41,6 +39,7 @@ ROWS_PER_SHARD = 16384
 ROWS_PER_CHUNK = 64
 HELDOUT_EVERY = 5
 BATCH_CONTEXTS = 16
+WAIT_SECS = 600.0
 _POLL_SECS = 1.0
 _GB = 10**9
 
@@ -65,7 +64,7 @@ def harvest(
     seed: int = 0,
     process: int = 0,
     n_processes: int = 1,
-    wait_secs: float = 600,
+    wait_secs: float = WAIT_SECS,
     progress: bool = True,
 ) -> Store | None:
     """The store at `out` of the subject's activations at `sites` over the text.
@@ -129,10 +128,10 @@ def harvest(
     _check_share(batch_contexts, process, n_processes)
     if max_gb is not None:
         _limit(manifest, max_gb)
-    is_packed = choose_manifest(folder, manifest).is_packed
-    if process and not is_packed:
-        _wait_for_text(folder, wait_secs, progress)
-    if choose_manifest(folder, manifest).complete:
+    begun = choose_manifest(folder, manifest)
+    if process and not begun.is_packed:
+        begun = wait_for_text(folder, manifest, wait_secs, progress)
+    if begun.complete:
         _tell(f"{str(folder)!r} is complete", progress)
         return open_store(out)
     with StoreWriter(folder, manifest, process, n_processes) as writer:
@@ -212,15 +211,20 @@ def _limit(manifest: Manifest, max_gb: float) -> None:
     manifest.max_rows = min(rows, asked)
 
 
-def _wait_for_text(folder: Folder, wait_secs: float, progress: bool) -> None:
-    """Until the first process has packed the text. Each shard of text that it writes
-    gives it `wait_secs` more."""
+def wait_for_text(
+    folder: Folder,
+    manifest: Manifest,
+    wait_secs: float = WAIT_SECS,
+    progress: bool = True,
+) -> Manifest:
+    """The manifest once the first process has packed the text. Each shard of text that
+    it writes gives it `wait_secs` more."""
     _tell("waiting for process 0 to pack the text", progress)
     last_change, n_files = time.monotonic(), -1
     while time.monotonic() < last_change + wait_secs:
-        begun = find_manifest(folder)
-        if begun is not None and begun.is_packed:
-            return
+        begun = choose_manifest(folder, manifest)
+        if begun.is_packed:
+            return begun
         n_now = len(folder.list("tokens/c/"))
         if n_now != n_files:
             last_change, n_files = time.monotonic(), n_now
@@ -232,9 +236,13 @@ def _wait_for_text(folder: Folder, wait_secs: float, progress: bool) -> None:
 
 
 def write_text(
-    subject: AnySubject, corpus: Corpus, writer: StoreWriter, progress: bool
+    subject: AnySubject,
+    corpus: Corpus,
+    writer: StoreWriter,
+    progress: bool = True,
+    on_rows: Callable[[int], None] = lambda n_rows: None,
 ) -> None:
-    """Packs the text for the subject, and writes it."""
+    """Packs the text for the subject, and writes it; tells how many rows it gave."""
     manifest = writer.manifest
     layout = Layout(
         context_length=manifest.context_length,
@@ -255,7 +263,12 @@ def write_text(
         sequences_per_block=manifest.contexts_per_shard,
     )
     with Progress(manifest.max_rows, "rows", "pack", is_shown=progress) as line:
-        writer.write_text(packer, line.update)
+
+        def tell(n_rows: int) -> None:
+            line.update(n_rows)
+            on_rows(n_rows)
+
+        writer.write_text(packer, tell)
 
 
 def _write_rows(

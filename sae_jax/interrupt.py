@@ -1,36 +1,72 @@
-"""Ctrl-C and SIGTERM as a wish that a loop grants when its state is whole."""
+"""Ctrl-C and SIGTERM as a wish that a loop grants when its state is whole.
+
+Of several processes, one that hears a signal has all stop after the same step.
+"""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
+import jax
+from jax.experimental import multihost_utils
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-@contextlib.contextmanager
-def deferred() -> Iterator[threading.Event]:
-    """An event that the first signal sets; a second signal acts as it always does.
+class Preempted(Exception):
+    """SIGTERM came, as when a machine is taken back; the state is saved."""
 
-    Only the main thread hears signals; in another one the event is never set.
+
+class Stop:
+    """Whether a loop is to stop, and as what."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def is_wanted(self, step: int) -> bool:
+        """To be asked after every step; of several processes, by all."""
+        if jax.process_count() == 1:
+            return self.signal is not None
+        if not multihost_utils.reached_preemption_sync_point(step):
+            return False
+        self.signal = signal.SIGTERM
+        return True
+
+    def error(self, message: str) -> BaseException:
+        """What the loop is to raise."""
+        is_preempted = self.signal == signal.SIGTERM
+        return (Preempted if is_preempted else KeyboardInterrupt)(message)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Stop]:
+    """Signals are wishes; a second one acts as it always does.
+
+    Only the main thread hears signals; in another one no stop is ever wanted.
     """
-    is_wanted = threading.Event()
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield is_wanted
+        yield stop
         return
 
     def note(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        is_wanted.set()
+        del frame
         restore()
+        stop.signal = number
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # jax tells the other processes
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    # With several processes SIGTERM is heard by jax.
+    heard = _SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
+    before = {number: signal.signal(number, note) for number in heard}
     try:
-        yield is_wanted
+        yield stop
     finally:
         restore()

@@ -18,10 +18,9 @@ from collections.abc import Generator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from sae_jax import checkpoint, files, interrupt, optim, state
+from sae_jax import checkpoint, files, interrupt, optim, processes, state
 from sae_jax import config as configs
 from sae_jax import mesh as meshes
 from sae_jax.checkpoint import Checkpoints, Meta
@@ -88,12 +87,10 @@ def train(
     Raises:
         ValueError: a bad config, store or mesh; nothing was started.
         NonFiniteLoss: the loss is not finite; names step, term and last checkpoint.
-        KeyboardInterrupt: Ctrl-C or SIGTERM came; the step at hand was saved first.
+        KeyboardInterrupt: Ctrl-C came; the step at hand was saved first.
+        Preempted: SIGTERM came, to this or another process; likewise.
     """
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"{jax.process_count()} processes are running: this version trains in one"
-        )
+    processes.check_joined()
     config = configs.checked(config)
     files.refuse_remote(workdir)
     workdir = Path(workdir)
@@ -101,16 +98,19 @@ def train(
     feed = _open_feed(config, mesh, workdir)
     setup = validate(config, mesh, feed)
     profile = _Profile(workdir / "profile", profile_steps, config.n_steps)
-    checkpoint.check_space(workdir, setup)
 
-    workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(files.lock_folder(workdir))
+        if processes.is_first():
+            checkpoint.check_space(workdir, setup)
+            workdir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(files.lock_folder(workdir))
+        _check_shared(workdir)
         checkpoints = Checkpoints(workdir, config.checkpoints_kept)
         stack.callback(checkpoints.close)
         start, train_state = _start_or_resume(setup, feed, checkpoints)
-        files.write_whole(workdir / CONFIG_FILE, configs.to_json(setup.config))
-        print(_describe(config, setup, feed, start), file=sys.stderr)
+        if processes.is_first():
+            files.write_whole(workdir / CONFIG_FILE, configs.to_json(setup.config))
+            print(_describe(config, setup, feed, start), file=sys.stderr)
         writers = _open_writers(workdir, start, writer)
         stack.callback(writers.close)
         stack.callback(profile.close)
@@ -144,10 +144,11 @@ def _run(
     step_at = functools.cache(lambda k: make_step(setup.with_k(k)))
     pending: tuple[int, Metrics] | None = None
     with (
-        interrupt.deferred() as is_stop_wanted,
+        interrupt.deferred() as stop,
         contextlib.closing(_Report(setup, writers, checkpoints)) as report,
     ):
         for step in range(start + 1, config.n_steps + 1):
+            processes.note(f"step {step}", step)
             profile.at(step, pending)
             acts_bd = next(batches)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -157,7 +158,7 @@ def _run(
                 report.step(*pending)
             pending = (step, metrics)
             train_state = resampling.after(step, train_state)
-            is_last = step == config.n_steps or is_stop_wanted.is_set()
+            is_last = step == config.n_steps or stop.is_wanted(step)
             if is_last or step % config.checkpoint_every_steps == 0:
                 report.step(*pending)  # a state is saved only once it was looked at
                 pending = None
@@ -166,7 +167,7 @@ def _run(
                 break
         checkpoints.wait()
     if start < config.n_steps and step < config.n_steps:
-        raise KeyboardInterrupt(
+        raise stop.error(
             f"stopped after step {step} of {config.n_steps}, which is saved: the same "
             "command goes on from there"
         )
@@ -181,7 +182,10 @@ class _Report:
         self._writers = writers
         self._checkpoints = checkpoints
         self._progress = Progress(
-            setup.config.n_steps * setup.config.data.batch_rows, "rows", "train"
+            setup.config.n_steps * setup.config.data.batch_rows,
+            "rows",
+            "train",
+            is_shown=processes.is_first(),
         )
         self._last: tuple[int, float] | None = None
 
@@ -297,14 +301,41 @@ def _open_feed(config: TrainConfig, mesh: Mesh, workdir: Path) -> Feed:
     return StoreFeed(config.data, mesh, config.seed)
 
 
+def _check_shared(workdir: Path) -> None:
+    """ValueError unless what process 0 writes there is seen by all processes."""
+    if jax.process_count() == 1:
+        return
+    token = workdir / ".processes"
+    number = int(processes.from_first(time.time_ns() % 2**31))
+    if processes.is_first():
+        files.write_whole(token, str(number))
+    processes.wait_for_all("token")
+    is_seen = token.exists() and token.read_text(encoding="utf-8") == str(number)
+    processes.wait_for_all("seen")
+    if not is_seen:
+        raise ValueError(
+            f"{str(workdir)!r} of process 0 is not the one of process "
+            f"{jax.process_index()}: give a folder that all processes share, or gs:// "
+            "or s3://"
+        )
+    if processes.is_first():
+        token.unlink()
+
+
 def _start_or_resume(
     setup: Setup, feed: Feed, checkpoints: Checkpoints
 ) -> tuple[int, TrainState]:
     """The number of steps done, and the state after them."""
     step = checkpoints.latest_step
+    processes.check_same(
+        config=configs.to_json(setup.config),
+        store=setup.store_identity,
+        checkpoint=step,
+    )
     if step is None:
-        sample = feed.sample(_SAMPLE_ROWS, setup.config.seed)
-        return 0, state.create(setup, jnp.asarray(sample))
+        processes.note("the first state")
+        return 0, state.create(setup, feed.sample(_SAMPLE_ROWS, setup.config.seed))
+    processes.note(f"reading the checkpoint of step {step}")
     path = checkpoints.directory / str(step)
     _refuse_another_run(checkpoints.meta(step), setup, path)
     return step, checkpoints.restore(step, setup)
@@ -344,6 +375,8 @@ def _differences(old: dict, new: dict, prefix: str = "") -> list[tuple]:
 
 
 def _open_writers(workdir: Path, start: int, extra: Writer | None) -> Writers:
+    if not processes.is_first():
+        return Writers([])
     writers: list[Writer] = [
         JsonLinesWriter(workdir / METRICS_FILE, start),
         TensorBoardWriter(workdir / "tensorboard", start),

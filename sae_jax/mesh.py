@@ -6,6 +6,8 @@ places what has no spec.
 """
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sae_jax.config import MeshConfig
@@ -75,6 +77,18 @@ def is_spread(name: str) -> bool:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def put(values: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """What every process has whole, each keeping what its devices hold."""
+    return jax.make_array_from_callback(values.shape, sharding, lambda i: values[i])
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """The whole array, in every process; to be called in all of them."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def _mesh(shape: tuple[int, int], devices: list[jax.Device]) -> Mesh:

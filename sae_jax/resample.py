@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sae_jax import optim
@@ -47,17 +48,18 @@ class Resampling:
             return state
         seed = config.seed + step
         rows_bd = self._feed.sample(ROWS, seed)
-        return self._resample(state, jnp.asarray(rows_bd), jax.random.key(seed))
+        return self._resample(state, rows_bd, seed)
 
 
 def make_resample(
     setup: Setup,
-) -> Callable[[TrainState, jax.Array, jax.Array], TrainState]:
-    """The compiled resampling: (state, rows [B, D], random key) -> next state."""
+) -> Callable[[TrainState, np.ndarray, int], TrainState]:
+    """The compiled resampling: (state, rows [B, D], seed) -> next state."""
     placement = jax.tree.map(lambda leaf: leaf.sharding, states.abstract(setup))
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=placement)
-    def resample(state: TrainState, acts_bd: jax.Array, key: jax.Array) -> TrainState:
+    def resample(state: TrainState, acts_bd: jax.Array, seed: jax.Array) -> TrainState:
+        key = jax.random.key(seed)
         is_dead_l = state.counters.is_dead_l
         starts_ld = _draw_directions(setup, state.params, acts_bd, key)
         params = _restart(state.params, starts_ld, is_dead_l)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -72,7 +73,7 @@ class Setup:
         return nnx.merge(self.graph, nnx.State(params))
 
 
-def create(setup: Setup, sample_bd: jax.Array) -> TrainState:
+def create(setup: Setup, sample_bd: jax.Array | np.ndarray) -> TrainState:
     """A new state, each array born on its own devices.
 
     Args:
@@ -83,7 +84,7 @@ def create(setup: Setup, sample_bd: jax.Array) -> TrainState:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract(setup))
     with jax.set_mesh(setup.mesh):
         make = functools.partial(_create, setup)
-        return jax.jit(make, out_shardings=shardings)(_key(setup), sample_bd)
+        return jax.jit(make, out_shardings=shardings)(sample_bd)
 
 
 def abstract(setup: Setup) -> TrainState:
@@ -91,9 +92,7 @@ def abstract(setup: Setup) -> TrainState:
     d_model = setup.config.sae.d_model
     sample_bd = jax.ShapeDtypeStruct((2, d_model), jnp.float32)
     with jax.set_mesh(setup.mesh):
-        # The key is made inside, where nothing runs: the mesh may be of devices that
-        # are only described, for compiling ahead of time.
-        shapes = jax.eval_shape(lambda x: _create(setup, _key(setup), x), sample_bd)
+        shapes = jax.eval_shape(functools.partial(_create, setup), sample_bd)
     module = _abstract_sae(setup)
     named = nnx.get_named_sharding(nnx.state(module, nnx.Param), setup.mesh)
     by_name: dict[str, NamedSharding] = nnx.to_pure_dict(named)
@@ -119,7 +118,10 @@ def abstract(setup: Setup) -> TrainState:
     )
 
 
-def _create(setup: Setup, key: jax.Array, sample_bd: jax.Array) -> TrainState:
+def _create(setup: Setup, sample_bd: jax.Array) -> TrainState:
+    # The key is made here, where nothing runs yet: the devices of the mesh may be other
+    # processes' as well, or only described, for compiling ahead of time.
+    key = _key(setup)
     normed_bd, _, _ = normalize.apply(setup.normalization, sample_bd)
     sae = _new_sae(setup, key, geometric_median(normed_bd))
     if setup.config.sae.rescale_encoder:

@@ -56,6 +56,7 @@ def validate(config: TrainConfig, mesh: Mesh, feed: Feed) -> Setup:
         subtract_b_dec=subtracts_b_dec(config.sae),
         k_aux=k_aux(config.sae, d_model) if has_auxk else None,
     )
+    # From here on the feed may have to pack its text first.
     return Setup(
         config=dataclasses.replace(config, sae=sae, data=feed.data),
         normalization=normalize.fit(sae.normalization, feed.statistics(), d_model),

@@ -15,7 +15,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "sae_jax"
 FLOORS = (
-    ("config", "files", "writers", "progress", "interrupt"),
+    ("config", "files", "writers", "progress", "interrupt", "watch", "processes"),
     (
         "mesh",
         "store",

@@ -21,11 +21,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from test_store import read_folder
+import stores
+from numbered_stores import read_folder
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sae_jax.files import lock_folder
 from sae_jax.harvest import harvest
+from sae_jax.inspection import inspect
+from sae_jax.progress import Progress
 from sae_jax.store import Folder, StoreWriter, open_store
 from sae_jax.subjects import load_subject
 from sae_jax.text import Document, corpus_of, is_heldout
@@ -243,16 +246,7 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("n_shards", [0, 1, 5])
 def test_stopped_and_resumed_is_byte_identical(store, tmp_path, n_shards, monkeypatch):
-    write_shard, n_left = StoreWriter.write_shard, n_shards
-
-    def stop(self, *shard):
-        nonlocal n_left
-        n_left -= 1
-        if n_left < 0:
-            raise Stop
-        write_shard(self, *shard)
-
-    monkeypatch.setattr(StoreWriter, "write_shard", stop)
+    stores.fail_after(monkeypatch, StoreWriter, "write_shard", n_shards, Stop)
     with pytest.raises(Stop):
         run_harvest(tmp_path / "store")
     monkeypatch.undo()
@@ -320,8 +314,8 @@ def test_several_processes_leave_the_bytes_of_one(store, tmp_path, n_processes):
     with concurrent.futures.ThreadPoolExecutor(n_processes) as pool:
         others = [pool.submit(share, process=p) for p in range(1, n_processes)]
         first = pool.submit(share, process=0)
-        stores = [part.result() for part in [first, *others]]
-    assert any(stores)
+        parts = [part.result() for part in [first, *others]]
+    assert any(parts)
     assert read_folder(tmp_path / "store") == read_folder(Path(store.path))
 
 
@@ -346,15 +340,15 @@ def test_each_file_of_text_gives_the_first_process_more_time(
         if now % 8 == 0 and now <= 40:
             Folder(tmp_path).write(f"tokens/c/{now}", b"")
 
-    def find_manifest(folder):
-        return SimpleNamespace(is_packed=packs and now >= 45) if now else None
+    def choose_manifest(folder, planned):
+        return SimpleNamespace(is_packed=packs and now >= 45)
 
     clock = SimpleNamespace(monotonic=lambda: now, sleep=sleep)
     monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(module, "find_manifest", find_manifest)
+    monkeypatch.setattr(module, "choose_manifest", choose_manifest)
     timeout = pytest.raises(TimeoutError, match="for 10 s")
     with contextlib.nullcontext() if packs else timeout:
-        module._wait_for_text(Folder(tmp_path), 10, False)
+        assert module._wait_for_text(Folder(tmp_path), None, 10, False).is_packed
     assert 45 <= now <= 51
 
 
@@ -404,16 +398,8 @@ def test_int8_costs_little(store, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_resumable(store, tmp_path, monkeypatch):
-    write, n_left = Folder.write, 6
-
-    def fail(*arguments):
-        nonlocal n_left
-        n_left -= 1
-        if n_left < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(*arguments)
-
-    monkeypatch.setattr(Folder, "write", fail)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    stores.fail_after(monkeypatch, Folder, "write", 6, full)
     with pytest.raises(OSError, match="is full, with 1 MB still to .* harvest again"):
         run_harvest(tmp_path / "store")
     monkeypatch.undo()
@@ -486,18 +472,29 @@ def test_progress_is_on_stderr(tmp_path, capsys):
     assert captured.out == ""
 
 
+def test_packing_tells_no_more_rows_than_there_are(tmp_path, monkeypatch):
+    told = []
+
+    class Line(Progress):
+        def update(self, done, **scalars):
+            told.append((self._name, self._total, done))
+
+    module = importlib.import_module("sae_jax.harvest")
+    monkeypatch.setattr(module, "Progress", Line)
+    store = run_harvest(tmp_path / "store", max_rows=330)
+    told = [update for update in told if update[0] == "pack"]
+    assert {total for _, total, _ in told} == {330}
+    done = [n for *_, n in told]
+    assert done == sorted(done) and done[-1] == sum(store.manifest.rows.values()) == 320
+
+
+def test_a_harvested_store_has_no_fault(store):
+    assert inspect(store.path, verify=True).faults == {}
+
+
 def test_progress_is_of_this_process_and_goes_on(store, tmp_path, capsys, monkeypatch):
     total = sum(s.rows for s in store.manifest.row_shards[::2])
-    write_shard, n_left = StoreWriter.write_shard, 2
-
-    def stop(self, *shard):
-        nonlocal n_left
-        n_left -= 1
-        if n_left < 0:
-            raise Stop
-        write_shard(self, *shard)
-
-    monkeypatch.setattr(StoreWriter, "write_shard", stop)
+    stores.fail_after(monkeypatch, StoreWriter, "write_shard", 2, Stop)
     with pytest.raises(Stop):
         run_harvest(tmp_path / "store", n_processes=2)
     monkeypatch.undo()

@@ -11,7 +11,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from test_store import make_blocks, row_ids, write_store
+from numbered_stores import make_blocks, row_ids, write_store
 
 from sae_jax import loader
 from sae_jax.config import DataConfig, MeshConfig

@@ -23,6 +23,7 @@ from sae_jax.config import (
     SaeConfig,
     TrainConfig,
 )
+from sae_jax.interrupt import Preempted
 from sae_jax.loader import StoreFeed
 from sae_jax.mesh import make_mesh
 from sae_jax.store import open_store
@@ -270,9 +271,11 @@ def test_kill_9_then_resume_gives_the_same_bits(shape, planted_store, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, final, expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Preempted)]
+)
 def test_a_signal_stops_a_run_after_saving(
-    number, undisturbed, planted_store, tmp_path
+    number, error, undisturbed, planted_store, tmp_path
 ):
     class Signal(KillAt):
         def write(self, step, scalars):
@@ -281,7 +284,7 @@ def test_a_signal_stops_a_run_after_saving(
 
     before = signal.getsignal(number)
     config = synthetic.make_config(planted_store, mesh=ONE)
-    with pytest.raises(KeyboardInterrupt, match="after step 12 of 24, which is saved"):
+    with pytest.raises(error, match="after step 12 of 24, which is saved"):
         loop.train(config, tmp_path / "run", Signal(11))
     assert signal.getsignal(number) == before
     assert run.load(tmp_path / "run", weights="raw").n_latents == 128

@@ -59,11 +59,12 @@ def _draw_rows(code_bl, params, normed_bd, uniform_l) -> np.ndarray:
 @pytest.mark.parametrize("architecture", ["relu", "gated"])
 def test_dead_latents_restart_and_nothing_else_moves(x64, mesh_shape, architecture):
     setup, dead_l = _make_setup(mesh_shape, architecture), small_sae.random_dead(N_DEAD)
-    before, key = _make_state(setup, dead_l), jax.random.key(7)
+    before, seed = _make_state(setup, dead_l), 7
     code_bl = np.asarray(setup.sae(before.params).encode_dense(_acts()))
     kept = jax.device_get(before)
-    after = make_resample(setup)(before, jnp.asarray(_acts()), key)
-    uniform_l, old = np.asarray(jax.random.uniform(key, (L,))), kept.params
+    after = make_resample(setup)(before, _acts(), seed)
+    uniform_l = np.asarray(jax.random.uniform(jax.random.key(seed), (L,)))
+    old = kept.params
     normed_bd = oracle.normalize("layer_norm", _acts())[0]
     rows_l = _draw_rows(code_bl, old, normed_bd, uniform_l)
     start_ld = oracle.unit_norm_rows(normed_bd[rows_l] - old["b_dec_d"])
@@ -104,7 +105,7 @@ def test_none_or_all_of_the_latents_may_be_dead(n_dead):
     setup, dead_l = _make_setup((2, 4), "relu"), small_sae.random_dead(n_dead)
     before = _make_state(setup, dead_l)
     kept = jax.device_get(before)
-    after = make_resample(setup)(before, jnp.float32(_acts()), jax.random.key(0))
+    after = make_resample(setup)(before, _acts(), 0)
     if n_dead == 0:
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), kept)
         return
@@ -125,7 +126,7 @@ def test_rows_are_drawn_in_proportion_to_their_squared_loss():
     rows_bd = np.random.default_rng(0).normal(size=(n_rows, D))
     size_b1 = np.linspace(0.6, 1.4, n_rows)[:, None]
     rows_bd = size_b1 * oracle.unit_norm_rows(rows_bd)
-    after = make_resample(setup)(before, jnp.float32(rows_bd), jax.random.key(3))
+    after = make_resample(setup)(before, np.float32(rows_bd), 3)
     cosine_lb = after.params["w_dec_ld"] @ oracle.unit_norm_rows(rows_bd).T
     np.testing.assert_allclose(cosine_lb.max(axis=1), 1, rtol=1e-5)
     n_drawn_b = np.bincount(cosine_lb.argmax(axis=1), minlength=n_rows)
@@ -145,16 +146,16 @@ def _config(store, **fields):
 
 @pytest.fixture
 def resampled(monkeypatch):
-    """(step, dead latents, random key) of each resampling of the runs of a test."""
+    """(step, dead latents, seed) of each resampling of the runs of a test."""
     calls = []
 
     def make_and_watch(setup):
         compiled = make_resample(setup)
 
-        def watch(train_state, acts_bd, key):
-            counters, bits = train_state.counters, jax.random.key_data(key).tolist()
-            calls.append((int(counters.steps), int(counters.is_dead_l.sum()), bits))
-            return compiled(train_state, acts_bd, key)
+        def watch(train_state, acts_bd, seed):
+            counters = train_state.counters
+            calls.append((int(counters.steps), int(counters.is_dead_l.sum()), seed))
+            return compiled(train_state, acts_bd, seed)
 
         return watch
 

@@ -12,6 +12,7 @@ from sae_jax.config import DataConfig, MeshConfig, SaeConfig, StreamConfig, Trai
 from sae_jax.loader import Order
 from sae_jax.loop import train
 from sae_jax.mesh import batch_sharding, make_mesh
+from sae_jax.step import validate
 from sae_jax.store import Folder, Text, find_manifest
 from sae_jax.stream import Stream
 from sae_jax.subjects import load_subject
@@ -47,8 +48,11 @@ def make_config(text_file, **fields):
 
 
 def open_stream(text_file, workdir, mesh_shape=(1, 1), **fields):
+    """A stream whose text is packed."""
     mesh = make_mesh(MeshConfig(*mesh_shape))
-    return Stream(make_config(text_file, **fields), mesh, workdir)
+    stream = Stream(make_config(text_file, **fields), mesh, workdir)
+    assert stream.data.window_chunks
+    return stream
 
 
 def read_rows(workdir, skip=0):
@@ -215,10 +219,15 @@ REFUSED = {
         "no site 'resid_post.9'",
     ),
     "lanes": ({}, (8, 1), "data.lanes = 4 is not a multiple of mesh.data = 8"),
-    "many lanes": (
-        {"data": DataConfig(site=SITE, batch_rows=2000, lanes=1000), "rows": 20_000},
+    "text": (
+        {"stream": StreamConfig(subject="default", text="nowhere")},
         (1, 1),
-        "the text gives .* train contexts for data.lanes = 1000: lower data.lanes",
+        "stream.text names 'nowhere', and there is no such file",
+    ),
+    "context": (
+        {"stream": StreamConfig(subject="default", context_length=10**6)},
+        (1, 1),
+        "context_length = 1000000 is more than the subject's",
     ),
 }
 
@@ -227,9 +236,38 @@ REFUSED = {
 def test_what_cannot_be_streamed_is_refused(
     text_file, tmp_path, fields, shape, message
 ):
-    with pytest.raises(ValueError, match=message) as error:
-        open_stream(text_file, tmp_path, shape, **fields)
+    mesh = make_mesh(MeshConfig(*shape))
+    with pytest.raises((FileNotFoundError, ValueError), match=message) as error:
+        Stream(make_config(text_file, **fields), mesh, tmp_path)
     assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_with_fewer_contexts_than_lanes_is_refused(text_file, tmp_path):
+    data = DataConfig(site=SITE, batch_rows=2000, lanes=1000)
+    told = "the text gives .* train contexts for data.lanes = 1000: lower data.lanes"
+    with pytest.raises(ValueError, match=told) as error:
+        open_stream(text_file, tmp_path, data=data, rows=20_000)
+    assert "\n" not in str(error.value)
+
+
+BAD_RUNS = {
+    "n_latents": ({"n_latents": 510}, "sae.n_latents = 510 is not a multiple"),
+    "d_model": ({"d_model": 12}, "sae.d_model = 12, but resid_post.1 of subject"),
+}
+
+
+@pytest.mark.parametrize("sae, message", BAD_RUNS.values(), ids=BAD_RUNS)
+def test_a_bad_run_is_refused_before_text_is_packed(text_file, tmp_path, sae, message):
+    settings = dict(n_latents=512, k=4, k_aux=8) | sae
+    config = make_config(text_file, sae=SaeConfig(**settings))
+    mesh = make_mesh(MeshConfig(1, 4))
+    with pytest.raises(ValueError, match=message):
+        validate(config, mesh, Stream(config, mesh, tmp_path))
+    assert not (tmp_path / "text").exists()
+    good = make_config(text_file)
+    validate(good, mesh, Stream(good, mesh, tmp_path))
+    assert (tmp_path / "text").is_dir()
 
 
 def test_another_text_in_the_same_folder_is_refused(text_file, tmp_path):

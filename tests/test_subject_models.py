@@ -12,6 +12,7 @@ from subject_folders import LLAMA, MODELS, T, run_numpy, write_model
 
 from sae_jax.mesh import DATA, LATENT, batch_sharding
 from sae_jax.subjects import load_subject, weights
+from sae_jax.subjects import subject as subjects
 from sae_jax.subjects.sites import KINDS
 from sae_jax.subjects.weights import place_weight
 
@@ -114,7 +115,7 @@ def _check_parts(weights, mesh) -> int:
     ("mesh", "n_rows"), [((8, 1), 8), ((2, 4), 8), ((2, 4), 3)], indirect=["mesh"]
 )
 def test_captures_of_the_protocol(folder_of, tokens_bt, mesh, n_rows):
-    """Rows are over the data axis where it divides them."""
+    """Rows are over the data axis where it divides them, and computed so always."""
     folder, _ = folder_of("gpt2")
     sites = ("mlp_act.0", "resid_post.0")
     alone = load_subject(str(folder)).capture(tokens_bt, sites)
@@ -128,6 +129,27 @@ def test_captures_of_the_protocol(folder_of, tokens_bt, mesh, n_rows):
         assert part.shape == (n_rows // n_parts, T, subject.width(site))
         found, want = (np.asarray(a[site], np.float32) for a in (acts, alone))
         np.testing.assert_allclose(found, want[:n_rows], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("mesh", [(4, 1), (2, 4)], indirect=True)
+def test_any_number_of_rows_is_spread(folder_of, tokens_bt, monkeypatch, mesh):
+    """A device computes no more for five rows than for those that fill them up."""
+    subject = load_subject(str(folder_of("gpt2")[0]), mesh=mesh)
+    compiled, flops = subjects._capture, []
+
+    def capture(*arguments):
+        cost = compiled.lower(*arguments).compile().cost_analysis()
+        flops.append(cost["flops"])
+        return compiled(*arguments)
+
+    monkeypatch.setattr(subjects, "_capture", capture)
+    n_parts = mesh.shape[DATA]
+    n_each = -(-5 // n_parts)
+    for n_rows in (5, n_parts * n_each, n_parts):
+        subject.capture(tokens_bt[:n_rows], ("resid_post.0",))
+    five, filled, one_each = flops
+    assert five == pytest.approx(filled, rel=0.1)
+    assert five == pytest.approx(n_each * one_each, rel=0.1)
 
 
 @pytest.mark.parametrize("mesh", [(2, 4)], indirect=True)

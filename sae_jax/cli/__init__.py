@@ -7,6 +7,8 @@ its docstring is its help. Only the named command is imported.
 import importlib
 import os
 import sys
+import traceback
+from typing import NoReturn
 
 from absl import app
 
@@ -30,17 +32,31 @@ def run() -> None:
     try:
         main()
     except SystemExit as stop:
-        if stop.code == errors.STOPPED:
-            # Computations that go on while the interpreter is taken down end in a
-            # crash of the whole process.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(errors.STOPPED)
+        if stop.code in (errors.STOPPED, errors.PREEMPTED) or _is_joined():
+            _end(int(stop.code or 0))
         raise
+    except Exception:
+        if not _is_joined():
+            raise
+        traceback.print_exc()
+        _end(errors.FAILED)
+
+
+def _is_joined() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def _end(code: int) -> NoReturn:
+    """Ends without taking the interpreter down: computations that go on meanwhile would
+    crash the process, and other processes that are gone would be waited for."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main() -> None:
-    """Runs `sae-jax COMMAND ...`; exits 0, 1 (failed), 2 (misused) or 130 (stopped)."""
+    """Runs `sae-jax COMMAND ...`; see `errors` for its exit codes."""
     # Read at the first device query: with fewer threads than virtual CPU devices, a
     # collective among them can deadlock.
     os.environ.setdefault("NPROC", "32")

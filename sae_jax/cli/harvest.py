@@ -10,27 +10,23 @@ share one store, each with its own --process of --n_processes.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags
 
 from sae_jax import harvest as harvests
+from sae_jax.cli import part
 from sae_jax.cli.errors import Misuse
 from sae_jax.mesh import make_local_mesh
 from sae_jax.subjects import load_any_subject
 from sae_jax.text import open_corpus, standard_library
 
-_SUBJECT = flags.DEFINE_string(
-    "subject", "default", "a model's folder or its name on the hub, or default"
-)
+_SUBJECT = flags.DEFINE_string("subject", "default", "folder, hub name or default")
 _SITE = flags.DEFINE_multi_string("site", "resid_post.3", "where to read; may repeat")
 _TEXT = flags.DEFINE_multi_string("text", None, "file, folder or hf:NAME; may repeat")
 _TEXT_FIELD = flags.DEFINE_string("text_field", "text", "of JSON lines and tables")
 _OUT = flags.DEFINE_string("out", None, "the store's folder, or gs:// or s3://")
-_WEIGHTS_OVER = flags.DEFINE_integer(
-    "weights_over", 1, "devices that share the subject's weights; the rest share texts"
-)
-_SETTINGS = [
+_WEIGHTS_OVER = flags.DEFINE_integer("weights_over", 1, "devices that share weights")
+_SETTINGS: list[flags.FlagHolder] = [
     flags.DEFINE_integer("context_length", None, "tokens in a context; the subject's"),
     flags.DEFINE_integer("max_rows", None, "stop at so many rows"),
     flags.DEFINE_float("max_gb", None, "stop at so many 10^9 bytes"),
@@ -42,8 +38,8 @@ _SETTINGS = [
     flags.DEFINE_integer("rows_per_shard", harvests.ROWS_PER_SHARD, "rows in a file"),
     flags.DEFINE_integer("rows_per_chunk", harvests.ROWS_PER_CHUNK, "rows in a read"),
     flags.DEFINE_integer("batch_contexts", harvests.BATCH_CONTEXTS, "read at a time"),
-    flags.DEFINE_integer("process", 0, "which of --n_processes this is"),
-    flags.DEFINE_integer("n_processes", 1, "that share the work"),
+    part.PROCESS,
+    part.N_PROCESSES,
 ]
 
 
@@ -56,12 +52,9 @@ def main(argv: Sequence[str]) -> None:
     corpus = standard_library()
     if _TEXT.value:
         corpus = open_corpus(_TEXT.value, _TEXT_FIELD.value)
-    settings: dict[str, Any] = {flag.name: flag.value for flag in _SETTINGS}
     mesh = make_local_mesh(_WEIGHTS_OVER.value)
     subject = load_any_subject(_SUBJECT.value, mesh=mesh)
+    settings = {flag.name: flag.value for flag in _SETTINGS}
     store = harvests.harvest(subject, corpus, _OUT.value, _SITE.value, **settings)
-    if store is None:
-        print(f"harvested: its part of {_OUT.value}; others still write theirs")
-        return
-    rows = ", ".join(f"{n:,} {split} rows" for split, n in store.manifest.rows.items())
-    print(f"harvested: {_OUT.value}: {rows} of {', '.join(store.sites)}")
+    rest = f"its part of {_OUT.value}; others still write theirs"
+    print(f"harvested: {store or rest}")

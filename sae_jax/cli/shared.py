@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import sys
 import types
 from pathlib import Path
 
@@ -20,10 +21,10 @@ _CPU_DEVICES = flags.DEFINE_integer(
 
 def describe(command: types.ModuleType) -> str:
     """The command's docstring, its flags, and the shared ones."""
-    values = flags.FLAGS
+    modules = [command.__name__, "sae_jax.cli.part", __name__]
+    helps = [flags.FLAGS.module_help(name) for name in modules if name in sys.modules]
     return (
-        f"{inspect.cleandoc(command.__doc__ or '')}\n{values.module_help(command)}\n"
-        f"{values.module_help(__name__)}\n\n"
+        "\n".join((inspect.cleandoc(command.__doc__ or ""), *helps)) + "\n\n"
         "--verbosity=0 logs more; --verbosity=1 shows tracebacks; --helpfull lists all."
     )
 

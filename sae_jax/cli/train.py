@@ -2,18 +2,23 @@
 
     sae-jax train --config=experiments/quickstart.py --workdir=run/
     sae-jax train --config=experiments/quickstart.py --config.sae.k=64 --workdir=k64/
+    sae-jax train --config=F --workdir=gs://bucket/run --multihost   # on every host
 
 The config file has a `get_config()` that returns a sae_jax.config.TrainConfig; every
 field can be overridden by its dotted name. The same command resumes after a kill.
 """
 
+import contextlib
 import dataclasses
+import sys
 import textwrap
 from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import config_flags
 
+from sae_jax import processes
+from sae_jax.cli import part, supervise
 from sae_jax.cli.errors import Misuse
 from sae_jax.config import TrainConfig, settings_of
 from sae_jax.loop import train
@@ -24,6 +29,23 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "the run folder, made if missing")
 _PROFILE_STEPS = flags.DEFINE_list(
     "profile_steps", None, "profile the steps FIRST,STOP (STOP not included)"
+)
+_MULTIHOST = flags.DEFINE_bool(
+    "multihost",
+    False,
+    "one process of several that share the run: on Cloud TPU, GKE, Slurm and under "
+    "Open MPI they find each other; elsewhere give --coordinator, --n_processes and "
+    "--process",
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0")
+_START_TIMEOUT = flags.DEFINE_integer(
+    "start_timeout_secs", 300, "how long to wait until all have come"
+)
+_PEER_TIMEOUT = flags.DEFINE_float(
+    "peer_timeout_secs", 60, "another process that says nothing for so long is lost"
+)
+_STALL_TIMEOUT = flags.DEFINE_float(
+    "stall_timeout_secs", 1800, "the run ends if no process does a step for so long"
 )
 
 _SYNTAX = """
@@ -46,8 +68,31 @@ def main(argv: Sequence[str]) -> None:
         raise Misuse(
             f"get_config() returned {type(_CONFIG.value).__name__}, not a TrainConfig"
         )
-    train(_CONFIG.value, _WORKDIR.value, profile_steps=_profile_steps())
-    print(f"trained: {_WORKDIR.value}")
+    cluster = _find_cluster()
+    if cluster is not None and not supervise.is_supervised():
+        sys.exit(supervise.run(cluster.start_timeout_secs))
+    with processes.join(cluster) if cluster else contextlib.nullcontext():
+        train(_CONFIG.value, _WORKDIR.value, profile_steps=_profile_steps())
+        is_first = processes.is_first()
+    if is_first:
+        print(f"trained: {_WORKDIR.value}")
+
+
+def _find_cluster() -> processes.Cluster | None:
+    """Where the processes meet; None if this is the only one."""
+    is_said = [flags.FLAGS[name].present for name in ("n_processes", "process")]
+    if not _MULTIHOST.value:
+        if any(is_said) or _COORDINATOR.value:
+            raise Misuse("--coordinator, --n_processes and --process need --multihost")
+        return None
+    return processes.Cluster(
+        _COORDINATOR.value,
+        part.N_PROCESSES.value if is_said[0] else None,
+        part.PROCESS.value if is_said[1] else None,
+        _START_TIMEOUT.value,
+        _PEER_TIMEOUT.value,
+        _STALL_TIMEOUT.value,
+    )
 
 
 def _profile_steps() -> tuple[int, int] | None:

@@ -35,11 +35,15 @@ class Feed(Protocol):
 
     `data` is the run's config with every field that was left open, `site` where its
     rows were read, `width` D, and `identity` a hash of what the rows are made of.
+    `site` and `width` are known at once; whatever else is first asked for may take
+    hours, so a run is checked by these alone before.
     """
 
-    data: DataConfig
     site: str
     width: int
+
+    @property
+    def data(self) -> DataConfig: ...
 
     @property
     def identity(self) -> str: ...

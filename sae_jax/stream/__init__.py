@@ -13,6 +13,7 @@ million rows, or fewer if they mix as well as `sae_jax.loader.mixing` asks.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -21,15 +22,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sae_jax.config import TrainConfig
-from sae_jax.harvest import HELDOUT_EVERY, ROWS_PER_SHARD, plan_store, write_text
+from sae_jax import processes
+from sae_jax.config import DataConfig, TrainConfig
+from sae_jax.harvest import (
+    HELDOUT_EVERY,
+    ROWS_PER_SHARD,
+    plan_store,
+    wait_for_text,
+    write_text,
+)
 from sae_jax.loader.mixing import choose_window, describe_window
 from sae_jax.loader.order import SAMPLE, Order, make_rng
-from sae_jax.mesh import DATA
+from sae_jax.mesh import DATA, fetch
 from sae_jax.store import Folder, Manifest, Statistics, StoreWriter, Text, statistics
 from sae_jax.stream.buffer import Buffer
 from sae_jax.subjects import Subject, load_subject
 from sae_jax.text import open_corpus, standard_library
+from sae_jax.text.hub import PREFIX
 
 TEXT_FOLDER = "text"
 _MOST_ROWS = 2**20
@@ -40,36 +49,35 @@ class Stream:
     """Batches from a subject; a `sae_jax.loader.Feed`.
 
     Raises ValueError or FileNotFoundError, one line, for a subject, a text, a site or a
-    mesh that cannot be.
+    mesh that cannot be. The text is packed, which may take hours, when `data`,
+    `identity` or rows are first asked for, and is refused then if it has too little.
     """
 
     def __init__(self, config: TrainConfig, mesh: Mesh, workdir: Path):
         self._config, self._mesh = config.stream, mesh
-        self._seed, data = config.seed, config.data
-        if data.site is None:
+        self._seed, self._asked = config.seed, config.data
+        if config.data.site is None:
             raise ValueError("data.site is not set: say where to read, as resid_post.3")
-        _check_lanes(data.lanes, data.batch_rows, mesh)
+        _check_lanes(config.data.lanes, mesh)
+        self._paths = _list_texts(config.stream.text)
         self._subject = load_subject(config.stream.subject, mesh=mesh)
-        self.site, self.width = data.site, self._subject.width(data.site)
+        self.site = config.data.site
+        self.width = self._subject.width(self.site)
         self._folder = Folder(workdir / TEXT_FOLDER)
-        self._manifest = _pack(self._subject, config, self._folder)
-        self._text = Text(self._folder, self._manifest)
-        self._sequences = self._text.sequences("train")
+        self._planned = _plan(self._subject, config)
         self._skip = int(config.stream.exclude_special)
-        self._rows = self._manifest.context_length - self._skip  # of a context
-        order = self._order(data.lanes, 1)
-        window_chunks = data.window_chunks
-        if window_chunks is None:
-            most = max(1, _MOST_ROWS // (self._rows * data.lanes))
-            window_chunks = min(most, choose_window(order, data, self._rows))
-        self.data = dataclasses.replace(
-            data,
-            window_chunks=window_chunks,
-            heldout_every=self._manifest.heldout_every,
-        )
+        self._rows = self._planned.context_length - self._skip  # of a context
 
     def __str__(self) -> str:
         return f"{self.site} of subject {self._subject.name!r}, without a store"
+
+    @functools.cached_property
+    def data(self) -> DataConfig:
+        return dataclasses.replace(
+            self._asked,
+            window_chunks=self._order.window_chunks,
+            heldout_every=self._manifest.heldout_every,
+        )
 
     @property
     def identity(self) -> str:
@@ -80,11 +88,11 @@ class Stream:
         return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
     def describe(self) -> str:
-        order = self._order(self.data.lanes, self.data.window_chunks or 1)
+        order = self._order
         n_rows = order.n_lanes * order.most_rounds * self._rows
         size = 2 * n_rows * self.width / self._mesh.size / 1e9
         return (
-            f"{describe_window(order, self.data, self._rows)}; {size:.2g} GB of a "
+            f"{describe_window(order, self._asked, self._rows)}; {size:.2g} GB of a "
             "device hold the window"
         )
 
@@ -92,6 +100,7 @@ class Stream:
         """Of some rows, the same for all runs with this seed; kept beside the text."""
         name = f"statistics/{self.site}.npz"
         data = self._folder.read(name)
+        processes.wait_for_all("statistics")  # all read the file, or all make it
         if data is None:
             acts_nd, positions_n = self._read_sample(_STATISTICS_ROWS, self._seed)
             sums = statistics.add_up(
@@ -103,7 +112,8 @@ class Stream:
                     "subject's weights or its dtype cannot be right"
                 )
             data = statistics.to_bytes(statistics.finish(sums))
-            self._folder.write(name, data)
+            if processes.is_first():
+                self._folder.write(name, data)
         return statistics.read_statistics(data)
 
     def sample(self, n_rows: int, seed: int) -> np.ndarray:
@@ -112,8 +122,8 @@ class Stream:
     def batches(
         self, start_step: int, n_steps: int
     ) -> Generator[jax.Array, None, None]:
-        lanes, lane_rows = self.data.lanes, self.data.batch_rows // self.data.lanes
-        order = self._order(lanes, self.data.window_chunks or 1)
+        order, lanes = self._order, self._asked.lanes
+        lane_rows = self._asked.batch_rows // lanes
         at_once = max(1, self._config.batch_contexts // lanes)  # contexts of a lane
         buffer = Buffer(
             self._mesh, lanes, order.most_rounds, at_once, self._rows, self.width
@@ -137,14 +147,43 @@ class Stream:
             assert batch is not None
             yield batch
 
-    def _order(self, n_lanes: int, window_chunks: int) -> Order:
-        n_contexts = len(self._sequences)
-        if n_contexts < n_lanes:
+    @functools.cached_property
+    def _manifest(self) -> Manifest:
+        """Of the text, which is packed if it is not yet."""
+        corpus = standard_library()
+        if self._paths:
+            corpus = open_corpus(self._paths, self._config.text_field)
+        processes.note("hashing the text")
+        planned = dataclasses.replace(self._planned, corpus=corpus.identity)
+        if not processes.is_first():
+            return wait_for_text(self._folder, planned)
+        with contextlib.closing(StoreWriter(self._folder, planned)) as writer:
+            if not writer.manifest.is_packed:
+                write_text(self._subject, corpus, writer, on_rows=_note_packing)
+            return writer.manifest
+
+    @functools.cached_property
+    def _text(self) -> Text:
+        return Text(self._folder, self._manifest)
+
+    @functools.cached_property
+    def _sequences(self) -> np.ndarray:
+        return self._text.sequences("train")
+
+    @functools.cached_property
+    def _order(self) -> Order:
+        data, n_contexts = self._asked, len(self._sequences)
+        if n_contexts < data.lanes:
             raise ValueError(
                 f"the text gives {n_contexts} train contexts for data.lanes = "
-                f"{n_lanes}: lower data.lanes to at most that, or give more text"
+                f"{data.lanes}: lower data.lanes to at most that, or give more text"
             )
-        return Order(n_contexts, self._rows, n_lanes, window_chunks, self._seed)
+        order = Order(n_contexts, self._rows, data.lanes, 1, self._seed)
+        window_chunks = data.window_chunks
+        if window_chunks is None:
+            most = max(1, _MOST_ROWS // (self._rows * data.lanes))
+            window_chunks = min(most, choose_window(order, data, self._rows))
+        return dataclasses.replace(order, window_chunks=window_chunks)
 
     def _fill(self, buffer: Buffer, order: Order, window: int, at_once: int) -> None:
         """Reads the window's contexts, `at_once` of each lane at a time."""
@@ -171,7 +210,7 @@ class Stream:
         each = -(-n_rows // n_contexts)
         acts, positions = [], []
         for part in _cut(drawn, n_batch):
-            acts_btd = np.asarray(self._capture(np.resize(part, n_batch)))
+            acts_btd = fetch(self._capture(np.resize(part, n_batch)))
             for acts_td in acts_btd[: len(part)]:
                 n = min(each, self._rows)
                 chosen = self._skip + np.sort(rng.permutation(self._rows)[:n])
@@ -180,18 +219,35 @@ class Stream:
         return np.concatenate(acts)[:n_rows], np.concatenate(positions)[:n_rows]
 
 
-def _pack(subject: Subject, config: TrainConfig, folder: Folder) -> Manifest:
-    """The manifest of the packed text, which is written if it is not there yet."""
+def _check_lanes(lanes: int, mesh: Mesh) -> None:
+    n_data = mesh.shape[DATA]
+    if lanes % n_data:
+        raise ValueError(
+            f"data.lanes = {lanes} is not a multiple of mesh.data = {n_data}: each "
+            "device reads lanes of its own; raise data.lanes"
+        )
+
+
+def _list_texts(text: str) -> list[str]:
+    """What `stream.text` names; FileNotFoundError for what is not there."""
+    paths = [path.strip() for path in text.split(",")] if text else []
+    for path in paths:
+        if not path.startswith(PREFIX) and not Path(path).exists():
+            raise FileNotFoundError(
+                f"stream.text names {path!r}, and there is no such file or folder: "
+                "give text files or folders of them, with commas"
+            )
+    return paths
+
+
+def _plan(subject: Subject, config: TrainConfig) -> Manifest:
+    """Of the text, less what tells which text it is: that takes reading it all."""
     stream = config.stream
-    corpus = standard_library()
-    if stream.text:
-        paths = [path.strip() for path in stream.text.split(",")]
-        corpus = open_corpus(paths, stream.text_field)
     bos = stream.bos or ("none" if subject.bos_id is None else "document")
-    manifest = plan_store(
+    return plan_store(
         subject,
         (),
-        corpus=corpus.identity,
+        corpus="",
         context_length=stream.context_length or subject.context_length,
         max_rows=None,
         bos=bos,
@@ -200,19 +256,10 @@ def _pack(subject: Subject, config: TrainConfig, folder: Folder) -> Manifest:
         rows_per_chunk=1,
         seed=config.seed,
     )
-    with contextlib.closing(StoreWriter(folder, manifest)) as writer:
-        if not writer.manifest.is_packed:
-            write_text(subject, corpus, writer, progress=True)
-        return writer.manifest
 
 
-def _check_lanes(lanes: int, batch_rows: int, mesh: Mesh) -> None:
-    n_data = mesh.shape[DATA]
-    if lanes % n_data:
-        raise ValueError(
-            f"data.lanes = {lanes} is not a multiple of mesh.data = {n_data}: each "
-            "device reads lanes of its own; raise data.lanes"
-        )
+def _note_packing(n_rows: int) -> None:
+    processes.note(f"packing row {n_rows:,} of the text")
 
 
 def _cut(values: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sae_jax.mesh import DATA, LATENT, batch_sharding
+from sae_jax.mesh import DATA, LATENT, batch_sharding, put
 
 
 class Buffer:
@@ -65,7 +65,7 @@ class Buffer:
         padded[:, n_before : n_before + n] = places_vn
         spread = NamedSharding(self._mesh, PartitionSpec(DATA, None))
         taken = _take(
-            self._rows_vnd, jax.device_put(padded, spread), self._mesh, self._spec
+            self._rows_vnd, put(padded, spread), self._mesh, self._spec
         )
         if batch is None:
             return taken

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from tokenizers import Tokenizer
 
-from sae_jax.mesh import DATA
+from sae_jax.mesh import DATA, put
 from sae_jax.subjects.architectures import Architecture, ModelConfig, get_architecture
 from sae_jax.subjects.display import display_token
 from sae_jax.subjects.sites import KINDS, Replacement, Site, parse_site
@@ -119,16 +119,16 @@ class Subject:
         """The bfloat16 activations [B, T, D] of the sites, from a compiled run.
 
         It runs nothing past the deepest site, and returns before it is done. Where
-        the weights are on a mesh, the rows are spread over its data axis if that
-        divides them; else each device computes all.
+        the weights are on a mesh, the rows are computed spread over its data axis,
+        and stay so if it divides them; else each device has all in the end.
         """
-        sharding = self.weights["embed_vd"].sharding
-        mesh, rows = None, PartitionSpec()
-        if isinstance(sharding, NamedSharding):
-            mesh = sharding.mesh
-            rows = PartitionSpec(None if len(tokens_bt) % mesh.shape[DATA] else DATA)
-            tokens_bt = jax.device_put(tokens_bt, NamedSharding(mesh, rows))
-        return _capture(self, tokens_bt, tuple(sites), mesh, rows)
+        sharding, n_rows = self.weights["embed_vd"].sharding, len(tokens_bt)
+        if not isinstance(sharding, NamedSharding):
+            return _capture(self, tokens_bt, tuple(sites), None, n_rows)
+        n_missing = -n_rows % sharding.mesh.shape[DATA]
+        tokens_bt = np.pad(tokens_bt, ((0, n_missing), (0, 0)), mode="edge")
+        spread = NamedSharding(sharding.mesh, PartitionSpec(DATA))
+        return _capture(self, put(tokens_bt, spread), tuple(sites), spread, n_rows)
 
     @property
     def _architecture(self) -> Architecture:
@@ -203,16 +203,22 @@ def _unflatten(static: _Static, children: tuple[Weights]) -> Subject:
 jax.tree_util.register_pytree_node(Subject, _flatten, _unflatten)
 
 
-@functools.partial(jax.jit, static_argnames=("sites", "mesh", "rows"))
+@functools.partial(jax.jit, static_argnames=("sites", "spread", "n_rows"))
 def _capture(
     subject: Subject,
     tokens_bt: jax.Array,
     sites: tuple[str, ...],
-    mesh: Mesh | None,
-    rows: PartitionSpec,
+    spread: NamedSharding | None,
+    n_rows: int,
 ) -> dict[str, jax.Array]:
+    """Of the first `n_rows`; the others fill up what is spread."""
     _, acts = subject.forward(tokens_bt, capture=sites, logits=False)
     acts = {site: acts[site].astype(jnp.bfloat16) for site in sites}
-    if mesh is None:
+    if spread is None:
         return acts
-    return jax.lax.with_sharding_constraint(acts, NamedSharding(mesh, rows))
+    acts = jax.lax.with_sharding_constraint(acts, spread)
+    if n_rows == len(tokens_bt):
+        return acts
+    whole = NamedSharding(spread.mesh, PartitionSpec())
+    acts = jax.tree.map(lambda acts_btd: acts_btd[:n_rows], acts)
+    return jax.lax.with_sharding_constraint(acts, whole)

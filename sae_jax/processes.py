@@ -1,0 +1,194 @@
+"""Several processes on one mesh: how they meet, agree and part.
+
+Each process has devices of its own and runs the same program; arrays and computations
+span them all. Process 0 alone writes and tells.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+# No public name gives jax's store; Orbax takes it from here too.
+from jax._src.distributed import global_state
+from jax.experimental import multihost_utils
+
+from sae_jax.interrupt import Preempted
+from sae_jax.watch import FAILED, PEER_LOST, Watch
+
+# The number of an open pipe on which a process says that it met the others, as what.
+MET_PIPE = "SAE_JAX_MET_PIPE"
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+
+
+class PeerLost(Exception):
+    """Another process of the run is gone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """Where the processes of a run meet.
+
+    What is None is found by jax: on Cloud TPU, GKE, Slurm and under Open MPI.
+    """
+
+    coordinator: str | None = None  # HOST:PORT of process 0
+    n_processes: int | None = None
+    process: int | None = None  # which of them this is, from 0
+    start_timeout_secs: int = 300  # until all have come
+    peer_timeout_secs: float = 60
+    stall_timeout_secs: float = 1800
+
+    def __post_init__(self) -> None:
+        n, process = self.n_processes, self.process
+        if (n is None) != (process is None) or (n is None) != (not self.coordinator):
+            raise ValueError(
+                f"coordinator = {self.coordinator}, n_processes = {n}, process = "
+                f"{process}: give all three, or none of them to have them found"
+            )
+        if self.coordinator and not self.coordinator.rpartition(":")[2].isdigit():
+            raise ValueError(
+                f"coordinator = {self.coordinator!r}: give HOST:PORT of process 0, as "
+                "10.0.0.2:8476"
+            )
+        if n is not None and process is not None and not 0 <= process < n:
+            raise ValueError(
+                f"process = {process} of n_processes = {n}: the first is 0, the last "
+                f"{n - 1}"
+            )
+        for name in ("start", "peer", "stall"):
+            secs = getattr(self, f"{name}_timeout_secs")
+            if secs <= 0:
+                raise ValueError(f"{name}_timeout_secs = {secs}: must be above 0")
+
+
+@contextlib.contextmanager
+def join(cluster: Cluster) -> Iterator[None]:
+    """Meets all other processes, before any device is asked for; the body runs in all.
+
+    When another process is lost this one ends, whatever it does: `sae_jax.watch`.
+
+    Raises:
+        ValueError: there is no cluster.
+        PeerLost: the body failed in what all do together.
+    """
+    global _watch
+    try:
+        jax.distributed.initialize(
+            coordinator_address=cluster.coordinator,
+            num_processes=cluster.n_processes,
+            process_id=cluster.process,
+            initialization_timeout=cluster.start_timeout_secs,
+            # Later than the watch, which knows who is silent.
+            heartbeat_timeout_seconds=max(2, round(2 * cluster.peer_timeout_secs)),
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"no cluster was found ({error}): give --coordinator, --n_processes and "
+            "--process, or leave out --multihost"
+        ) from error
+    except RuntimeError as error:  # a device was asked for, or this is the second time
+        raise ValueError(str(error)) from error
+    _tell_supervisor()
+    _watch = Watch(
+        global_state.client,
+        jax.process_index(),
+        cluster.peer_timeout_secs,
+        cluster.stall_timeout_secs,
+    )
+    _watch.start()
+    try:
+        yield
+    except Preempted:  # as all others are, after the same step
+        _part(_watch)
+        raise
+    except BaseException as error:
+        _leave(_watch, error, cluster.peer_timeout_secs)
+        raise
+    else:
+        _part(_watch)
+    finally:
+        _watch = None
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and tells."""
+    return jax.process_index() == 0
+
+
+def note(where: str, n_done: int = 0) -> None:
+    """Tells the other processes, if there are any, where this one's main thread is."""
+    if _watch is not None:
+        _watch.note(where, n_done)
+
+
+def check_joined() -> None:
+    """ValueError if other processes have devices here that this one has not met."""
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ValueError(
+            f"{jax.process_count()} processes share these devices: start each of them "
+            "with --multihost"
+        )
+
+
+def check_same(**values: Any) -> None:
+    """ValueError, in every process, unless all come here with the same JSON values."""
+    if jax.process_count() == 1:
+        return
+    hashes = [zlib.crc32(json.dumps(value).encode()) for value in values.values()]
+    found = multihost_utils.process_allgather(np.array(hashes, np.uint32))
+    for name, column in zip(values, found.T.tolist(), strict=True):
+        for process, value in enumerate(column):
+            if value != column[0]:
+                raise ValueError(
+                    f"process {process} has another {name} than process 0: give all "
+                    "processes the same command, config and folders"
+                )
+
+
+def from_first(value: int) -> int:
+    """The value that process 0 has."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process is at the place of this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _part(watch: Watch) -> None:
+    watch.stop()
+    jax.distributed.shutdown()
+
+
+def _leave(watch: Watch, error: BaseException, peer_timeout_secs: float) -> None:
+    message = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if not isinstance(error, jax.errors.JaxRuntimeError) or _OUT_OF_MEMORY in message:
+        watch.leave(FAILED, message)
+        return
+    # A peer that dies breaks what all do together. The watch finds out who it was, and
+    # ends this process.
+    time.sleep(peer_timeout_secs + 3 * watch.beat_secs)
+    watch.leave(PEER_LOST, message)
+    raise PeerLost(f"what all processes do together broke: {message}") from error
+
+
+def _tell_supervisor() -> None:
+    if MET_PIPE in os.environ:
+        met = {
+            "process": jax.process_index(),
+            "coordinator": global_state.coordinator_address,
+        }
+        with os.fdopen(int(os.environ.pop(MET_PIPE)), "w") as pipe:
+            json.dump(met, pipe)
+
+
+_watch: Watch | None = None

@@ -1,0 +1,140 @@
+"""Runs of several processes on this machine, by the command `sae-jax train`."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import sae_jax
+
+_CONFIG = """
+import {module}
+
+def get_config():
+    return {module}.make_config({data!r}, rows={rows})
+"""
+_COMMAND = (sys.executable, "-c", "from sae_jax.cli import run; run()", "train")
+_LIMIT_SECS = 180
+
+
+class Pod:
+    """Processes of one run; as a context manager it leaves none behind."""
+
+    def __init__(
+        self,
+        workdir: Path,
+        data: Path,
+        n_processes: int,
+        devices_each: int,
+        *arguments: str,
+        module: str = "synthetic",
+        rows: int = 24 * 64,
+        missing: tuple[int, ...] = (),
+        own_arguments: tuple[str, ...] = (),
+    ):
+        """The config is `make_config(data)` of the module. `missing` are not started;
+        the last one has `own_arguments` as well."""
+        config = workdir.parent / f"{workdir.name}.py"
+        text = _CONFIG.format(module=module, data=str(data), rows=rows)
+        config.write_text(text)
+        self.workdir, self.n_processes = workdir, n_processes
+        common = [
+            *_COMMAND,
+            f"--config={config}",
+            f"--workdir={workdir}",
+            f"--cpu_devices={devices_each}",
+            "--multihost",
+            f"--coordinator=127.0.0.1:{_find_port()}",
+            f"--n_processes={n_processes}",
+            *arguments,
+        ]
+        self._logs = [
+            open(f"{workdir}.{i}.log", "w+b") for i in range(n_processes)
+        ]
+        environ = os.environ | {
+            "PYTHONPATH": os.pathsep.join((
+                os.path.dirname(__file__),
+                os.path.dirname(os.path.dirname(sae_jax.__file__)),
+            )),
+            "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        }
+        self._processes = {
+            i: subprocess.Popen(
+                [
+                    *common,
+                    f"--process={i}",
+                    *(own_arguments if i == n_processes - 1 else ()),
+                ],
+                stdout=self._logs[i],
+                stderr=subprocess.STDOUT,
+                env=environ,
+            )
+            for i in range(n_processes)
+            if i not in missing
+        }
+
+    def __enter__(self) -> "Pod":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for i, process in self._processes.items():
+            if process.poll() is None:
+                for pid in (*self._find_children(i), process.pid):
+                    _kill(pid, 9)
+                process.wait()
+        for log in self._logs:
+            log.close()
+
+    def wait(self) -> list[int]:
+        """The exit codes."""
+        end = time.monotonic() + _LIMIT_SECS
+        codes = []
+        for i, process in self._processes.items():
+            try:
+                codes.append(process.wait(max(0, end - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                raise AssertionError(f"process {i} hangs: {self.tell(i)}") from None
+        return codes
+
+    def wait_for_step(self, step: int) -> None:
+        """Until the metrics of this step are written."""
+        metrics, end = self.workdir / "metrics.jsonl", time.monotonic() + _LIMIT_SECS
+        while not metrics.exists() or f'"step": {step},' not in metrics.read_text():
+            codes = {i: p.poll() for i, p in self._processes.items()}
+            over = [i for i, code in codes.items() if code is not None]
+            assert not over, f"{codes}: {self.tell(over[0])}"
+            assert time.monotonic() < end, self.tell(0)
+            time.sleep(0.01)
+
+    def send(self, process: int, number: int) -> None:
+        """Sends a signal to what computes, not to what waits for it."""
+        (child,) = self._find_children(process)
+        _kill(child, number)
+
+    def tell(self, process: int) -> str:
+        """What the process has printed."""
+        return Path(self._logs[process].name).read_text(errors="replace")
+
+    def last_line(self, process: int) -> str:
+        lines = [line for line in self.tell(process).splitlines() if "sae-jax" in line]
+        return lines[-1] if lines else self.tell(process)[-500:]
+
+    def _find_children(self, process: int) -> list[int]:
+        parent = self._processes[process].pid
+        path = Path(f"/proc/{parent}/task/{parent}/children")
+        return [int(pid) for pid in path.read_text().split()] if path.exists() else []
+
+
+def _kill(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def _find_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

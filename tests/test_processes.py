@@ -1,0 +1,216 @@
+"""Several processes on one mesh: the same run, and nobody waits for ever."""
+
+import signal
+
+import jax
+import numpy as np
+import pods
+import pytest
+import synthetic
+import test_stream
+
+from sae_jax import files, loop, processes, writers
+from sae_jax.checkpoint import Checkpoints
+from sae_jax.config import MeshConfig
+from sae_jax.mesh import make_mesh
+from sae_jax.processes import Cluster
+
+text_file = test_stream.text_file
+
+PREEMPTED, PEER_LOST = 75, 76
+QUICK = ("--peer_timeout_secs=5", "--config.mesh.data=2")
+
+
+def read_metrics(workdir):
+    rows = writers.read_json_lines(workdir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k != "rows_per_second"} for row in rows]
+
+
+def read_state(workdir, step, shape=(1, 1)):
+    """Everything in a checkpoint, on a mesh of this process."""
+    checkpoints = Checkpoints(workdir, is_read_only=True)
+    setup = checkpoints.meta(step).setup(make_mesh(MeshConfig(*shape)))
+    state = checkpoints.restore(step, setup)
+    checkpoints.close()
+    return state
+
+
+@pytest.fixture(scope="module")
+def alone(planted_store, tmp_path_factory):
+    """The metrics of the run in one process, by the shape of its mesh."""
+    found = {}
+
+    def run(shape):
+        if shape not in found:
+            workdir = tmp_path_factory.mktemp("alone") / "run"
+            config = synthetic.make_config(planted_store, mesh=MeshConfig(*shape))
+            loop.train(config, workdir)
+            found[shape] = read_metrics(workdir)
+        return found[shape]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def pair(planted_store, tmp_path_factory):
+    """A whole run of two processes, (2, 4)."""
+    workdir = tmp_path_factory.mktemp("pair") / "run"
+    with pods.Pod(workdir, planted_store, 2, 4, *QUICK) as pod:
+        assert pod.wait() == [0, 0], pod.tell(0) + pod.tell(1)
+        yield pod
+
+
+def test_two_processes_train_as_one_does(pair, alone):
+    assert_close(read_metrics(pair.workdir), alone((2, 4)))
+
+
+def test_process_0_alone_writes_and_tells(pair):
+    assert "train: topk, 128 latents" in pair.tell(0) and "trained:" in pair.tell(0)
+    assert "train:" not in pair.tell(1) and "trained" not in pair.tell(1)
+
+
+def test_the_latent_axis_may_cross_processes(planted_store, tmp_path, alone):
+    with pods.Pod(tmp_path / "run", planted_store, 4, 2, "--config.mesh.data=1") as pod:
+        assert pod.wait() == [0] * 4, pod.tell(0)
+    assert_close(read_metrics(tmp_path / "run"), alone((1, 8)))
+
+
+def test_a_stream_is_the_same_rows_in_two_processes(text_file, tmp_path):
+    config = test_stream.make_config(text_file, mesh=MeshConfig(2, 2))
+    loop.train(config, tmp_path / "alone")
+    module = dict(module="test_stream", rows=config.rows)
+    workdir = tmp_path / "run"
+    with pods.Pod(workdir, text_file, 2, 2, *QUICK, **module) as pod:
+        assert pod.wait() == [0, 0], pod.tell(0) + pod.tell(1)
+    assert_close(read_metrics(workdir), read_metrics(tmp_path / "alone"), 10)
+
+
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(
+    pair, planted_store, tmp_path
+):
+    workdir = tmp_path / "run"
+    with pods.Pod(workdir, planted_store, 2, 4, *QUICK) as pod:
+        pod.wait_for_step(10)
+        pod.send(1, signal.SIGKILL)
+        assert pod.wait() == [PEER_LOST, -signal.SIGKILL], pod.tell(0)
+        assert "process 0: process 1 (" in pod.last_line(0)
+        assert "it was killed, or its machine hangs" in pod.last_line(0)
+    with pods.Pod(workdir, planted_store, 2, 4, *QUICK) as pod:
+        assert pod.wait() == [0, 0], pod.tell(0)
+    assert read_metrics(workdir) == read_metrics(pair.workdir)
+    states = [read_state(path, 24) for path in (workdir, pair.workdir)]
+    for name in ("params", "ema", "optimizer", "counters"):
+        for one, other in zip(*(leaves(state, name) for state in states), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_loss_of_process_0_is_told(number, planted_store, tmp_path):
+    with pods.Pod(tmp_path / "run", planted_store, 2, 1, *QUICK, rows=9999 * 64) as pod:
+        pod.wait_for_step(3)
+        pod.send(0, number)
+        assert pod._processes[1].wait(60) == PEER_LOST
+        assert "process 1: process 0, at 127.0.0.1:" in pod.last_line(1)
+        assert "died or cannot be reached; run the same command" in pod.last_line(1)
+
+
+def test_sigterm_to_one_saves_the_step_of_all(planted_store, tmp_path):
+    workdir = tmp_path / "run"
+    with pods.Pod(workdir, planted_store, 2, 1, *QUICK, rows=9999 * 64) as pod:
+        pod.wait_for_step(3)
+        pod.send(1, signal.SIGTERM)
+        assert pod.wait() == [PREEMPTED, PREEMPTED], pod.tell(0) + pod.tell(1)
+        assert "is saved: the same command goes on" in pod.last_line(0)
+    (step,) = (int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert f"stopped after step {step} of 9999" in pod.last_line(1)
+    assert read_metrics(workdir)[-1]["step"] == step
+
+
+def test_processes_that_do_not_meet_are_told(planted_store, tmp_path):
+    arguments = (*QUICK, "--start_timeout_secs=3")
+    with pods.Pod(
+        tmp_path / "run", planted_store, 2, 1, *arguments, missing=(1,)
+    ) as pod:
+        assert pod.wait() == [PEER_LOST]
+        assert "not all processes met within 3 s: see that every" in pod.last_line(0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_one_ends_all(planted_store, tmp_path):
+    with pods.Pod(
+        tmp_path / "run",
+        planted_store,
+        2,
+        1,
+        *QUICK,
+        own_arguments=("--config.seed=5",),
+    ) as pod:
+        assert pod.wait() == [1, 1], pod.tell(0)
+        for i in range(2):
+            assert "process 1 has another config than process 0" in pod.tell(i)
+
+
+def test_a_folder_that_is_not_shared_is_told(planted_store, tmp_path):
+    with pods.Pod(
+        tmp_path / "run",
+        planted_store,
+        2,
+        1,
+        *QUICK,
+        own_arguments=(f"--workdir={tmp_path / 'other'}",),
+    ) as pod:
+        assert pod.wait() == [1, 1], pod.tell(0)
+        assert "give a folder that all processes share, or gs://" in pod.tell(1)
+
+
+def test_a_folder_has_one_run(planted_store, tmp_path):
+    (tmp_path / "run").mkdir()
+    with (
+        files.lock_folder(tmp_path / "run"),
+        pods.Pod(tmp_path / "run", planted_store, 2, 1, *QUICK) as pod,
+    ):
+        assert pod.wait() == [1, 1], pod.tell(0)
+        assert "in use by another process" in pod.last_line(0)
+        assert "in use by another process" in pod.last_line(1)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(coordinator="a:1"), "give all three, or none"),
+        (dict(coordinator="a", n_processes=2, process=0), "give HOST:PORT"),
+        (dict(coordinator="a:1", n_processes=2, process=2), "the last 1"),
+        (dict(peer_timeout_secs=0), "peer_timeout_secs = 0: must be above 0"),
+    ],
+)
+def test_a_cluster_that_cannot_be_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Cluster(**fields)
+
+
+def test_without_a_cluster_nothing_is_started(planted_store, tmp_path):
+    nobody = ("--nomultihost", "--multihost", "--coordinator=", "--process=0")
+    with pods.Pod(
+        tmp_path / "run", planted_store, 1, 1, own_arguments=nobody
+    ) as pod:
+        assert pod.wait() == [1]
+        assert "give all three, or none of them to have them found" in pod.last_line(0)
+
+
+def test_processes_meet_before_any_device_is_asked_for():
+    jax.devices()
+    with pytest.raises(ValueError, match="before.*devices"):
+        with processes.join(Cluster("127.0.0.1:1", 1, 0)):
+            raise AssertionError
+
+
+def assert_close(rows, expected, n_steps=24):
+    assert len(rows) == len(expected) == n_steps
+    for name in ("loss", "nmse", "aux_loss", "grad_norm"):
+        np.testing.assert_allclose(
+            [row[name] for row in rows], [row[name] for row in expected], rtol=1e-5
+        )
+
+
+def leaves(state, name):
+    return jax.tree.leaves(jax.device_get(getattr(state, name)))
