@@ -43,7 +43,8 @@ class Stop:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Stop]:
-    """Signals are wishes; a second one acts as it always does.
+    """Signals are wishes. A second Ctrl-C acts as it always does; a second SIGTERM, as
+    clusters send, changes nothing.
 
     Only the main thread hears signals; in another one no stop is ever wanted.
     """
@@ -54,14 +55,11 @@ def deferred() -> Iterator[Stop]:
 
     def note(number: int, frame: FrameType | None) -> None:
         del frame
-        restore()
         stop.signal = number
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)  # jax tells the other processes
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
     # With several processes SIGTERM is heard by jax.
     heard = _SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
@@ -69,4 +67,5 @@ def deferred() -> Iterator[Stop]:
     try:
         yield stop
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -69,6 +69,12 @@ def param_spec(name: str) -> PartitionSpec:
     return by_axes.get(name.rpartition("_")[2], PartitionSpec())
 
 
+def optimizer_spec(name: str) -> PartitionSpec:
+    """The same over both axes, for what only an update of the parameters reads."""
+    first, *others = param_spec(name) or (None,)
+    return PartitionSpec((LATENT, DATA) if first else None, *others)
+
+
 def is_spread(name: str) -> bool:
     """Whether the parameter of this name is partitioned over latents."""
     return LATENT in param_spec(name)

@@ -77,7 +77,7 @@ def update(
     old: Optimized,
     grads: Params,
     assigned: Params,
-    axis: str | None = None,
+    axes: tuple[str, ...] = (),
 ) -> tuple[Optimized, dict[str, jax.Array]]:
     """One step of the optimizer, and the norms of all gradients and parameters.
 
@@ -87,12 +87,12 @@ def update(
         old: is given up.
         grads: of all parameters.
         assigned: new values of parameters that are not learned by gradient.
-        axis: inside `jax.shard_map`, what parameters named `_l` or `_ld` are spread
+        axes: inside `jax.shard_map`, what parameters named `_l` or `_ld` are spread
             over.
     """
     moments = old.moments
     count = moments.count + 1
-    clip_factor = _clip_factor(config, unit_norm, old.params, grads, axis)
+    clip_factor = _clip_factor(config, unit_norm, old.params, grads, axes)
     step = _Step(
         rate=learning_rate_at(config, moments.count),
         correction1=1 - config.optimizer.b1**count,
@@ -111,7 +111,7 @@ def update(
             slots[name], squares[name] = _update(
                 config, name in unit_norm, slot, grads[name], step, begin
             )
-    grad_norm, param_norm = jnp.sqrt(_add_up(squares, axis))
+    grad_norm, param_norm = jnp.sqrt(_add_up(squares, axes))
     new = Optimized(
         params={name: slot.param for name, slot in slots.items()},
         ema={name: slot.ema for name, slot in slots.items()},
@@ -239,7 +239,7 @@ def _clip_factor(
     unit_norm: Collection[str],
     params: Params,
     grads: Params,
-    axis: str | None,
+    axes: tuple[str, ...],
 ) -> jax.Array:
     """What the projected gradients are multiplied by."""
     most = config.optimizer.clip_norm
@@ -250,16 +250,16 @@ def _clip_factor(
         if name in unit_norm:
             grad = project_rows(grad, params[name])
         squares[name] = jnp.sum(jnp.square(grad))
-    norm = jnp.sqrt(_add_up(squares, axis))
+    norm = jnp.sqrt(_add_up(squares, axes))
     return most / jnp.maximum(norm, most)
 
 
-def _add_up(squares: dict[str, jax.Array], axis: str | None) -> jax.Array:
+def _add_up(squares: dict[str, jax.Array], axes: tuple[str, ...]) -> jax.Array:
     """The sum over all parameters on all devices."""
     own = [square for name, square in squares.items() if is_spread(name)]
     shared = [square for name, square in squares.items() if not is_spread(name)]
     total = sum(own, start=jnp.zeros(()))
-    return sum(shared, start=lax.psum(total, axis) if axis else total)
+    return sum(shared, start=lax.psum(total, axes))
 
 
 def _sums_of_squares(grad: jax.Array, param: jax.Array) -> jax.Array:

@@ -58,6 +58,13 @@ class Setup:
     def unit_norm(self) -> tuple[str, ...]:
         return ARCHITECTURES[self.config.sae.architecture].unit_norm(self.config.sae)
 
+    @property
+    def shards_optimizer(self) -> bool:
+        """Whether moments and average are spread over both axes of the mesh."""
+        is_wanted = self.config.mesh.shard_optimizer is not False
+        divides = self.config.sae.n_latents % self.mesh.size == 0
+        return is_wanted and divides and self.mesh.shape[meshes.DATA] > 1
+
     def with_k(self, k: int) -> "Setup":
         """The same run choosing K latents, for one stage of annealing."""
         if k == self.config.sae.k:
@@ -96,15 +103,21 @@ def abstract(setup: Setup) -> TrainState:
     module = _abstract_sae(setup)
     named = nnx.get_named_sharding(nnx.state(module, nnx.Param), setup.mesh)
     by_name: dict[str, NamedSharding] = nnx.to_pure_dict(named)
+    beside = by_name
+    if setup.shards_optimizer:
+        beside = {
+            name: NamedSharding(setup.mesh, meshes.optimizer_spec(name))
+            for name in by_name
+        }
     replicated = NamedSharding(setup.mesh, P())
     latents = NamedSharding(setup.mesh, P(meshes.LATENT))
     return TrainState(
         params=_placed(shapes.params, by_name),
-        ema=_placed(shapes.ema, by_name),
+        ema=_placed(shapes.ema, beside),
         optimizer=optax.ScaleByAdamState(
             count=_with(shapes.optimizer.count, replicated),
-            mu=_placed(shapes.optimizer.mu, by_name),
-            nu=_placed(shapes.optimizer.nu, by_name),
+            mu=_placed(shapes.optimizer.mu, beside),
+            nu=_placed(shapes.optimizer.nu, beside),
         ),
         counters=Counters(
             steps_since_l=_with(shapes.counters.steps_since_l, latents),

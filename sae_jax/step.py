@@ -21,7 +21,7 @@ from sae_jax.config import (
 )
 from sae_jax.gradients import differentiate
 from sae_jax.loader import Feed
-from sae_jax.mesh import DATA, LATENT, param_spec
+from sae_jax.mesh import DATA, LATENT, optimizer_spec, param_spec
 from sae_jax.saes.topk import plan_choice
 from sae_jax.state import Setup, TrainState
 
@@ -42,6 +42,8 @@ def validate(config: TrainConfig, mesh: Mesh, feed: Feed) -> Setup:
             "sae.d_model unset to take that"
         )
     _check_divides("sae.n_latents", config.sae.n_latents, mesh, LATENT)
+    if config.mesh.shard_optimizer:
+        _check_parts(config, mesh)
     _check_divides("data.batch_rows", config.data.batch_rows, mesh, DATA)
     if config.data.microbatch_rows is not None:
         _check_divides("data.microbatch_rows", config.data.microbatch_rows, mesh, DATA)
@@ -97,13 +99,19 @@ def make_step(
 
 
 def _place_update(setup: Setup) -> Callable[..., tuple[optim.Optimized, Metrics]]:
-    """`optim.update` of each latent shard's own rows."""
-    shapes = states.abstract(setup)
-    specs: Any = {name: param_spec(name) for name in shapes.params}
+    """`optim.update` of each device's own rows.
+
+    Where data shards share the optimizer, each updates a part of the rows that they all
+    have. The step's result has them all again, so that the parts are gathered there.
+    """
+    shapes, is_shared = states.abstract(setup), setup.shards_optimizer
+    place = optimizer_spec if is_shared else param_spec
+    specs: Any = {name: place(name) for name in shapes.params}
     moments = shapes.optimizer._replace(count=PartitionSpec(), mu=specs, nu=specs)
     placed = optim.Optimized(specs, specs, moments)
+    axes = (LATENT, DATA) if is_shared else (LATENT,)
     return jax.shard_map(
-        functools.partial(optim.update, setup.config, setup.unit_norm, axis=LATENT),
+        functools.partial(optim.update, setup.config, setup.unit_norm, axes=axes),
         mesh=setup.mesh,
         in_specs=(placed, specs, PartitionSpec()),
         out_specs=(placed, PartitionSpec()),
@@ -116,6 +124,14 @@ def _check_exchange(config: SaeConfig, mesh: Mesh) -> None:
         raise ValueError(
             f"sae.exchange = 'tree' merges pairs of latent shards, but mesh.{LATENT} = "
             f"{n_shards} is not a power of two: choose 'count', or another mesh"
+        )
+
+
+def _check_parts(config: TrainConfig, mesh: Mesh) -> None:
+    if config.sae.n_latents % mesh.size:
+        raise ValueError(
+            f"mesh.shard_optimizer shares {config.sae.n_latents} latents among "
+            f"{mesh.size} devices, which do not divide them: leave it out"
         )
 
 

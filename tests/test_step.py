@@ -9,7 +9,7 @@ import pytest
 import synthetic
 
 from sae_jax import loader, state
-from sae_jax.config import DataConfig, MeshConfig, SaeConfig
+from sae_jax.config import DataConfig, MeshConfig, OptimizerConfig, SaeConfig
 from sae_jax.mesh import batch_sharding, make_mesh
 from sae_jax.step import make_step
 from sae_jax.store import open_store
@@ -88,12 +88,41 @@ def test_a_step_keeps_types_placement_and_unit_norm(mesh, planted_store):
 
 def test_a_new_state_is_partitioned_over_latents(planted_store):
     _, train_state = _start(open_store(planted_store), make_mesh(MeshConfig(2, 4)))
-    for leaf in (
-        train_state.params["w_enc_ld"],
-        train_state.ema["w_dec_ld"],
-        train_state.optimizer.mu["w_enc_ld"],
-    ):
+    for leaf in train_state.params["w_enc_ld"], train_state.params["w_dec_ld"]:
         assert {shard.data.shape for shard in leaf.addressable_shards} == {(32, 16)}
+    # Data shards share what is not needed to compute gradients.
+    for leaf in train_state.ema["w_dec_ld"], train_state.optimizer.mu["w_enc_ld"]:
+        assert {shard.data.shape for shard in leaf.addressable_shards} == {(16, 16)}
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (8, 1)])
+def test_a_shared_optimizer_does_the_same(shape, planted_store):
+    mesh, ends = make_mesh(MeshConfig(*shape)), []
+    for is_shared in (True, False):
+        config = synthetic.make_config(
+            mesh=MeshConfig(*shape, shard_optimizer=is_shared),
+            optimizer=OptimizerConfig(learning_rate=3e-3, clip_norm=0.5),
+        )
+        setup = synthetic.make_setup(config, mesh, open_store(planted_store))
+        train_state = state.create(setup, synthetic.sample_rows(512, seed=99))
+        step = make_step(setup)
+        for seed in range(5):
+            rows_bd = synthetic.sample_rows(64, seed)
+            acts_bd = jax.device_put(rows_bd, batch_sharding(mesh))
+            train_state, metrics = step(train_state, acts_bd)
+        ends.append(jax.device_get((train_state, metrics)))
+    for one, other in zip(*map(jax.tree.leaves, ends), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-7)
+
+
+def test_latents_that_do_not_divide_cannot_share_an_optimizer(planted_store):
+    sae = SaeConfig(n_latents=132, k=3, k_aux=8)
+    store, mesh = open_store(planted_store), make_mesh(MeshConfig(2, 4))
+    setup = synthetic.make_setup(synthetic.make_config(sae=sae), mesh, store)
+    assert not setup.shards_optimizer
+    config = synthetic.make_config(sae=sae, mesh=MeshConfig(2, 4, True))
+    with pytest.raises(ValueError, match="132 latents among 8 devices"):
+        synthetic.make_setup(config, mesh, store)
 
 
 def test_training_lowers_the_error(unsharded):

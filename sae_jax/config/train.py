@@ -114,6 +114,11 @@ class MeshConfig:
     latent: int | None = setting(
         None, "devices that share the latents; None: as many of the rest as divide them"
     )
+    shard_optimizer: bool | None = setting(
+        None,
+        "share the moments and the average of the weights among the devices that share "
+        "a batch, too; None: where they divide",
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, "mesh.")
