@@ -1,0 +1,160 @@
+"""Trains on this machine, by one process or several, and goes on when one dies.
+
+    python launch/local.py -- --config=F --workdir=W
+    python launch/local.py --n_processes=2 -- --config=F --workdir=W --cpu_devices=4
+
+When a process dies of a signal, or ends with 75 (preempted) or 76 (lost another), all
+are ended and started again, from the last checkpoint: for ever if there is a newer one
+each time, else --max_restarts times. A run that failed (1, 2) or that was stopped by a
+Ctrl-C of its own (130) is not started again. SIGTERM, SIGINT and SIGHUP to the launcher
+reach the processes as one SIGTERM, and their save is waited for; a second one kills.
+Exit code: 0 done, 75 stopped and saved, else that of the process that ended the run.
+"""
+
+import shlex
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import settings
+from absl import flags
+from processes import PEER_LOST, PREEMPTED, End, Wish, run_together, stop_wish
+
+_N_PROCESSES = flags.DEFINE_integer(
+    "n_processes", 1, "processes, which find each other over loopback", lower_bound=1
+)
+_PROGRAM = flags.DEFINE_string(
+    "program", None, "what is run instead of `sae-jax train`, with the same arguments"
+)
+_RESTART_PREEMPTED = flags.DEFINE_bool(
+    "restart_preempted",
+    True,
+    "start again after 75 too; without it something else does, such as a queue",
+)
+_LONGEST_PAUSE_SECS = 60
+
+
+def main(words: list[str], arguments: list[str]) -> int:
+    """Runs to the end, or to what a restart does not cure."""
+    if words:
+        raise ValueError(f"unexpected {words[0]!r}: give arguments of train behind --")
+    workdir = settings.check_training(arguments, _N_PROCESSES.value > 1)
+    program = shlex.split(_PROGRAM.value or "") or settings.train_program()
+    if settings.DRY_RUN.value:
+        for command in _commands(program, arguments, "PORT"):
+            print(settings.show([*_assignments(), *command]))
+        return 0
+    if shutil.which(program[0]) is None:
+        raise FileNotFoundError(
+            f"there is no program {program[0]!r}: use the Python of the environment "
+            "that sae_jax is installed in, or give --program"
+        )
+    with stop_wish() as wish:
+        return _run(program, arguments, workdir, wish)
+
+
+def _run(program: list[str], arguments: list[str], workdir: str, wish: Wish) -> int:
+    n_restarts, n_allowed = 0, settings.MAX_RESTARTS.value
+    newest = _newest_checkpoint(workdir)
+    while True:
+        ends = run_together(
+            _commands(program, arguments, str(_find_port())),
+            settings.variables(),
+            settings.GRACE_SECS.value,
+            wish,
+        )
+        cause = _cause(ends)
+        if cause is None:
+            return 0
+        before, newest = newest, _newest_checkpoint(workdir)
+        start = "the beginning" if newest is None else f"checkpoint {newest}"
+        stopped = f"stopped; the same command goes on from {start}"
+        if wish and cause.is_preempted:
+            _tell(stopped)
+            return PREEMPTED
+        if wish or not _is_restarted(cause):
+            _tell(f"{cause}; not started again")
+            return PREEMPTED if cause.is_preempted else cause.status
+        n_restarts = 1 if _is_newer(newest, before) else n_restarts + 1
+        if n_restarts > n_allowed:
+            _tell(f"{cause}; given up: {n_allowed} restarts and no new checkpoint")
+            return cause.status
+        _tell(
+            f"{cause}; restart {n_restarts} of {n_allowed} without a new checkpoint, "
+            f"from {start}"
+        )
+        wish.sleep(min(2 ** (n_restarts - 1), _LONGEST_PAUSE_SECS))
+        if wish:
+            _tell(stopped)
+            return PREEMPTED
+
+
+def _commands(program: list[str], arguments: list[str], port: str) -> list[list[str]]:
+    n_processes = _N_PROCESSES.value
+    if n_processes == 1:
+        return [[*program, *arguments]]
+    shared = ["--multihost", f"--coordinator=127.0.0.1:{port}"]
+    shared.append(f"--n_processes={n_processes}")
+    return [
+        [*program, *arguments, *shared, f"--process={process}"]
+        for process in range(n_processes)
+    ]
+
+
+def _assignments() -> list[str]:
+    pairs = [f"{name}={value}" for name, value in settings.variables().items()]
+    return ["env", *pairs] if pairs else []
+
+
+def _find_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _cause(ends: list[End]) -> End | None:
+    """What no restart cures, else who was first, and not just lost the others."""
+    failed = [end for end in ends if end.status]
+    lasting = [end for end in failed if not end.is_retryable]
+    first = [end for end in failed if end.status != PEER_LOST]
+    return next(iter(lasting + first + failed), None)
+
+
+def _is_restarted(cause: End) -> bool:
+    if cause.is_preempted and not _RESTART_PREEMPTED.value:
+        return False
+    return cause.is_retryable
+
+
+def _newest_checkpoint(workdir: str) -> int | None:
+    """The step of the newest checkpoint of the run, if it has any."""
+    if settings.REMOTE.match(workdir):
+        names = _list_remote(workdir)
+    else:
+        folder = Path(workdir) / "checkpoints"
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdigit()), default=None)
+
+
+def _list_remote(workdir: str) -> list[str]:
+    from sae_jax.store.folder import Folder  # takes seconds, and not all have buckets
+
+    try:
+        files = Folder(workdir).list("checkpoints/")
+    except OSError as error:
+        _tell(f"its checkpoints cannot be listed: {error}")
+        return []
+    return [name.split("/")[1] for name in files]
+
+
+def _is_newer(newest: int | None, before: int | None) -> bool:
+    return newest is not None and (before is None or newest > before)
+
+
+def _tell(line: str) -> None:
+    print(f"{settings.NAME.value}: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    settings.run(main)

@@ -1,0 +1,216 @@
+"""The local launcher: processes that find each other, and start again when one dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from launching import LAUNCH, ROOT, Stage, calls_of, flag_of, train, wait_until
+from s3_server import bucket, server  # noqa: F401
+
+from sae_jax.store import folder
+
+PAIR = "--n_processes=2"
+
+
+@pytest.fixture
+def stage(tmp_path):
+    return Stage(tmp_path)
+
+
+def test_processes_are_told_of_each_other(stage):
+    workdir = stage.plan({})
+    flags = ("--n_processes=3", "--env=A=b c")
+    done = stage.run("local", *flags, *train(workdir, "--x= y"))
+    assert (done.returncode, done.stderr) == (0, "")
+    ports = set()
+    for process in range(3):
+        ((arguments, environment),) = calls_of(workdir, process)
+        assert arguments[:3] == ["--config=c.py", f"--workdir={workdir}", "--x= y"]
+        assert "--multihost" in arguments and environment["A"] == "b c"
+        assert flag_of(arguments, "n_processes") == "3"
+        assert flag_of(arguments, "process") == str(process)
+        ports.add(flag_of(arguments, "coordinator"))
+    assert len(ports) == 1 and ports.pop().startswith("127.0.0.1:")
+
+
+def test_one_process_is_left_alone(stage):
+    workdir = stage.plan({0: "say=hello"})
+    done = stage.run("local", *train(workdir))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "hello\n", "")
+    assert calls_of(workdir)[0][0] == ["--config=c.py", f"--workdir={workdir}"]
+
+
+def test_lines_are_told_apart(stage):
+    workdir = stage.plan({0: "say=step1|step2 say=end", 1: "say=hello"})
+    done = stage.run("local", PAIR, *train(workdir))
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line[1] == "0"] == [
+        "[0] step1",
+        "[0] step2",
+        "[0] end",
+    ]
+    assert "[1] hello" in lines
+
+
+@pytest.mark.parametrize("death", ["kill=9", "exit=75", "exit=137"])
+def test_all_start_again_when_one_dies(stage, death):
+    workdir = stage.plan({0: "after=1 checkpoint=7 exit=76", 1: death}, {})
+    done = stage.run("local", PAIR, "--name=mine", *train(workdir))
+    assert done.returncode == 0
+    told = {
+        "kill=9": "died of SIGKILL (137)",
+        "exit=75": "was preempted (75)",
+        "exit=137": "died of SIGKILL (137)",
+    }[death]
+    assert done.stderr == (
+        f"mine: process 1 {told}; restart 1 of 3 without a new checkpoint, from "
+        "checkpoint 7\n"
+    )
+    ports = [
+        [flag_of(arguments, "coordinator") for arguments, _ in calls]
+        for calls in (calls_of(workdir, 0), calls_of(workdir, 1))
+    ]
+    assert ports[0] == ports[1] and len(set(ports[0])) == 2  # one for each attempt
+
+
+@pytest.mark.parametrize("status", [1, 2, 130])
+def test_what_failed_is_not_started_again(stage, status):
+    """Nor if another process died first."""
+    workdir = stage.plan({0: "kill=9", 1: f"after=0 exit={status}"})
+    done = stage.run("local", PAIR, *train(workdir))
+    assert done.returncode == status
+    told = {130: "was stopped by Ctrl-C (130)"}.get(
+        status, f"ended with exit code {status}"
+    )
+    assert done.stderr == f"sae-jax: process 1 {told}; not started again\n"
+    assert len(calls_of(workdir)) == 1
+
+
+def test_restarts_without_progress_are_counted(stage):
+    workdir = stage.plan(
+        {0: "checkpoint=5 kill=9"}, {0: "checkpoint=6 kill=9"}, {0: "kill=11"}
+    )
+    done = stage.run("local", "--max_restarts=1", *train(workdir))
+    assert done.returncode == 128 + signal.SIGSEGV
+    first, second, last = done.stderr.splitlines()
+    assert first.endswith("restart 1 of 1 without a new checkpoint, from checkpoint 5")
+    assert second.endswith("restart 1 of 1 without a new checkpoint, from checkpoint 6")
+    assert last.endswith("SIGSEGV (139); given up: 1 restarts and no new checkpoint")
+
+
+def test_no_restarts_are_none(stage):
+    workdir = stage.plan({0: "checkpoint=5 kill=9"})
+    done = stage.run("local", "--max_restarts=0", *train(workdir))
+    assert done.returncode == 137
+    assert len(calls_of(workdir)) == 1
+
+
+def test_half_written_checkpoints_are_no_progress(stage):
+    workdir = stage.plan({0: "checkpoint=5.orbax-checkpoint-tmp kill=9"}, {})
+    done = stage.run("local", *train(workdir))
+    assert done.stderr.endswith("from the beginning\n")
+
+
+def test_preempted_ends_where_a_queue_restarts(stage):
+    workdir = stage.plan({0: "exit=75", 1: "exit=76"})
+    done = stage.run("local", PAIR, "--norestart_preempted", *train(workdir))
+    assert done.returncode == 75
+    assert "not started again" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_is_passed_on_once_and_the_save_awaited(stage, number):
+    workdir = stage.plan({0: "wait", 1: "checkpoint=3 wait"})
+    process = stage.start("local", PAIR, *train(workdir))
+    wait_until(lambda: calls_of(workdir) and (workdir / "checkpoints").exists())
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 75
+    assert err == "sae-jax: stopped; the same command goes on from checkpoint 3\n"
+    for i in (0, 1):
+        assert (workdir / f"terms-{i}").read_text() == "0\n"
+
+
+@pytest.mark.parametrize("other, status", [("wait", 75), ("wait=1", 1)])
+def test_a_stop_is_saved_if_no_process_failed(stage, other, status):
+    """Whoever ends a moment after another has lost it."""
+    workdir = stage.plan({0: "wait=76", 1: f"after=0 {other}"})
+    process = stage.start("local", PAIR, *train(workdir))
+    wait_until(lambda: calls_of(workdir, 0) and calls_of(workdir, 1))
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == status
+
+
+def test_a_second_signal_kills(stage):
+    workdir = stage.plan({0: "hang"})
+    process = stage.start("local", *train(workdir))
+    wait_until(lambda: calls_of(workdir))
+    process.terminate()
+    wait_until((workdir / "terms-0").exists)
+    process.terminate()
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 137
+    assert "SIGKILL" in err
+
+
+def test_a_stop_between_attempts_starts_nothing(stage):
+    workdir = stage.plan({0: "kill=9"})
+    process = stage.start("local", *train(workdir))
+    assert "restart 1 of 3" in process.stderr.readline()
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == 75
+    assert len(calls_of(workdir)) == 1
+
+
+def test_nohup_is_heeded(stage):
+    workdir = stage.plan({0: "wait"})
+    process = stage.start("local", *train(workdir), under=("nohup",))
+    wait_until(lambda: calls_of(workdir))
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == 75
+
+
+def test_those_that_do_not_notice_are_killed_after_the_grace(stage):
+    """With all that they started, which else would hold the launcher's pipes."""
+    workdir = stage.plan({0: "child hang", 1: "after=0 child kill=9"}, {})
+    start = time.monotonic()
+    done = stage.run("local", PAIR, "--grace_secs=1", *train(workdir))
+    assert done.returncode == 0
+    assert 2 < time.monotonic() - start < 20
+    assert "process 1 died of SIGKILL" in done.stderr
+
+
+def test_dry_run_only_prints(stage):
+    workdir = stage.plan({})
+    flags = (PAIR, "--dry_run", "--env=A=1")
+    done = stage.run("local", *flags, *train(workdir, "--x=a b"))
+    assert done.returncode == 0
+    first, second = done.stdout.splitlines()
+    assert first == (
+        f"env A=1 {stage.bin}/sae-jax train --config=c.py --workdir={workdir} "
+        "'--x=a b' --multihost --coordinator=127.0.0.1:PORT --n_processes=2 --process=0"
+    )
+    assert second == first[:-1] + "1"
+    assert not calls_of(workdir)
+
+
+def test_checkpoints_in_a_bucket_are_progress(bucket):  # noqa: F811
+    files = folder.Folder(bucket)
+    for name in ("7/params/c", "12/meta/metadata", "12/ema/c", "13.partial/c"):
+        files.write(f"checkpoints/{name}", b"")
+    code = f"import local; print(local._newest_checkpoint({bucket!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": f"{LAUNCH}:{ROOT}"},
+        text=True,
+        capture_output=True,
+    )
+    assert (done.stdout, done.stderr) == ("12\n", "")
