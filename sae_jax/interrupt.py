@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -63,7 +64,9 @@ def deferred() -> Iterator[Stop]:
 
     # With several processes SIGTERM is heard by jax.
     heard = _SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
-    before = {number: signal.signal(number, note) for number in heard}
+    before: dict[int, Any] = {}
+    for number in heard:
+        before[number] = signal.signal(number, note)
     try:
         yield stop
     finally:
