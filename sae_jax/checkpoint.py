@@ -24,6 +24,7 @@ from sae_jax import state as states
 from sae_jax.config import TrainConfig
 from sae_jax.normalize import Normalization
 from sae_jax.state import Setup, TrainState
+from sae_jax.store.folder import is_full_disk
 
 FOLDER = "checkpoints"
 _ITEMS = ("params", "ema", "optimizer", "counters")
@@ -137,11 +138,22 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             # What Orbax tells of a full disk is pages long, and names no cure.
             cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            names = [path.name for path in self.directory.glob("[0-9]*")]
+            steps = [int(name) for name in names if name.isdigit()]
+            start = f"step {max(steps)}, which is whole" if steps else "the beginning"
             raise OSError(
-                f"{self.directory}: a checkpoint could not be written ({cause}); make "
-                "room if the disk is full and resume from the last whole one, "
-                f"{self.latest_step}"
+                f"{self.directory}: a checkpoint could not be written ({cause}): "
+                f"{_cure(error)}, and run the same command again; it goes on from "
+                f"{start}"
             ) from error
+
+
+def _cure(error: Exception) -> str:
+    if is_full_disk(error):
+        return "make room"
+    if isinstance(error, PermissionError):
+        return "get the right to write there"
+    return "see to that"
 
 
 def check_space(workdir: str | Path, setup: Setup) -> None:

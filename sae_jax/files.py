@@ -18,6 +18,7 @@ PARTIAL = ".partial"  # ends the name of a file that is being written
 _MB = 10**6
 # pathlib makes one slash of the two.
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 # Some network file systems have no locks; there nobody is kept out.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
@@ -51,6 +52,24 @@ def check_space(path: str | Path, needed_bytes: int, what: str, cure: str) -> No
             f"{what} needs {-(-needed_bytes // _MB)} MB more, the disk of "
             f"{str(path)!r} has {free // _MB} MB free: {cure}",
         )
+
+
+def make_writable(path: str | Path) -> None:
+    """Makes the folder if it is missing; PermissionError, one line, unless files can be
+    written there."""
+    probe = Path(path) / f".probe{PARTIAL}"
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        if error.errno not in _NO_RIGHT:
+            raise
+        raise PermissionError(
+            error.errno,
+            f"{str(path)!r}: {error.strerror}: get the right to write there, or choose "
+            "another folder",
+        ) from error
 
 
 def refuse_remote(path: str | Path) -> None:

@@ -65,10 +65,10 @@ def deferred() -> Iterator[Stop]:
     # With several processes SIGTERM is heard by jax.
     heard = _SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
     before: dict[int, Any] = {}
-    for number in heard:
-        before[number] = signal.signal(number, note)
+    for each in heard:
+        before[each] = signal.signal(each, note)
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for each in heard:
+            signal.signal(each, before[each])

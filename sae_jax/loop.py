@@ -41,14 +41,16 @@ _SAMPLE_ROWS = 8192  # enough for the median and the variance of a site
 # A resumed run may change these; any other difference would make it another run. More
 # rows make it longer, unless the learning rate falls towards the end.
 _MAY_CHANGE = (
-    "mesh.",
+    "mesh",
     "rows",
     "log_every_steps",
-    "checkpoint",
+    "checkpoint_every_steps",
+    "checkpoints_kept",
     "data.store",
     "data.microbatch_rows",
     "sae.exchange",
 )
+_PREFIXES = tuple(f"{name}." for name in _MAY_CHANGE)
 # Of what is set, a run's header has these already, or they are of no consequence.
 _NOT_TOLD = (
     "mesh.",
@@ -101,8 +103,8 @@ def train(
 
     with contextlib.ExitStack() as stack:
         if processes.is_first():
+            files.make_writable(workdir / checkpoint.FOLDER)
             checkpoint.check_space(workdir, setup)
-            workdir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(files.lock_folder(workdir))
         _check_shared(workdir)
         checkpoints = Checkpoints(workdir, config.checkpoints_kept)
@@ -346,10 +348,11 @@ def _refuse_another_run(meta: Meta, setup: Setup, path: Path) -> None:
     was, now = dataclasses.asdict(meta.config), dataclasses.asdict(setup.config)
     for name, old, new in _differences(was, now):
         depends_on_end = name == "rows" and setup.config.optimizer.decay_rows
-        if depends_on_end or not name.startswith(_MAY_CHANGE):
+        if depends_on_end or not f"{name}.".startswith(_PREFIXES):
             raise ValueError(
                 f"{path}: this run has {name} = {old!r}, now {new!r} is asked: "
-                "resume with the same config, or choose another workdir"
+                "resume with the same config, or choose another workdir; only "
+                f"{', '.join(_MAY_CHANGE)} may change"
             )
     if meta.store_identity != setup.store_identity:
         raise ValueError(

@@ -1,0 +1,192 @@
+"""Checkpoints under faults: kills while they are written, no room, no rights, and runs
+that go on elsewhere than they began."""
+
+import contextlib
+import errno
+import os
+import random
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pods
+import pytest
+import synthetic
+from test_processes import leaves, read_metrics, read_state
+
+from sae_jax import loop
+from sae_jax.config import MeshConfig
+
+ONE = MeshConfig(1, 1)
+OFTEN = ("--peer_timeout_secs=5", "--config.mesh.data=2")
+N_STEPS, EVERY = 60, 2
+SAVES = (
+    *OFTEN,
+    f"--config.checkpoint_every_steps={EVERY}",
+    "--config.checkpoints_kept=1000",
+    "--config.sae.n_latents=4096",  # some megabytes
+)
+
+
+def train(store, workdir, shape, n_steps):
+    config = synthetic.make_config(
+        store, mesh=MeshConfig(*shape), rows=n_steps * 64, checkpoint_every_steps=100
+    )
+    loop.train(config, workdir)
+
+
+@pytest.fixture(scope="module")
+def saved(planted_store, tmp_path_factory):
+    """The folder of a run of two processes, (2, 4), of 24 steps."""
+    workdir = tmp_path_factory.mktemp("saved") / "run"
+    with pods.Pod(workdir, planted_store, 2, 4, *OFTEN) as pod:
+        assert pod.wait() == [0, 0], pod.tell(0)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def continued(saved, planted_store, tmp_path_factory):
+    """The metrics of its next 100 steps, on the same mesh in one process."""
+    workdir = tmp_path_factory.mktemp("continued") / "run"
+    shutil.copytree(saved, workdir)
+    train(planted_store, workdir, (2, 4), 124)
+    return read_metrics(workdir)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (4, 1), (1, 1)])
+def test_a_run_goes_on_on_another_mesh(
+    shape, saved, continued, planted_store, tmp_path
+):
+    shutil.copytree(saved, tmp_path / "run")
+    train(planted_store, tmp_path / "run", shape, 124)
+    assert_alike(read_metrics(tmp_path / "run"), continued)
+
+
+def test_a_run_goes_on_in_more_processes(saved, continued, planted_store, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    mesh = ("--config.mesh.data=4", "--config.mesh.latent=1")
+    with pods.Pod(workdir, planted_store, 4, 1, *mesh, rows=124 * 64) as pod:
+        assert pod.wait() == [0] * 4, pod.tell(0)
+    assert_alike(read_metrics(workdir), continued)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(planted_store, tmp_path_factory):
+    """The states of a run at all its checkpoints."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    with pods.Pod(
+        workdir, planted_store, 2, 1, *SAVES, "--config.mesh.latent=1",
+        rows=N_STEPS * 64,
+    ) as pod:
+        assert pod.wait() == [0, 0], pod.tell(0)
+    return {step: read_all(workdir, step) for step in find_steps(workdir)}
+
+
+@pytest.mark.parametrize(
+    "n_kills", [2, pytest.param(20, marks=pytest.mark.slow)]
+)
+def test_kills_while_saving_lose_and_mix_nothing(
+    n_kills, undisturbed, planted_store, tmp_path
+):
+    workdir, rng = tmp_path / "run", random.Random(n_kills)
+    assert sorted(undisturbed) == list(range(EVERY, N_STEPS + 1, EVERY))
+    arguments = (*SAVES, "--config.mesh.latent=1")
+    torn = last = 0
+    for kill in range(n_kills):
+        stale = find_unfinished(workdir)
+        with pods.Pod(
+            workdir, planted_store, 2, 1, *arguments, rows=N_STEPS * 64
+        ) as pod:
+            wait_for_save(pod, stale, rng)
+            victims = [0, 1] if kill % 2 else [rng.randrange(2)]
+            for victim in victims:
+                pod.send(victim, signal.SIGKILL)
+            codes = pod.wait()
+            assert set(codes) <= {-signal.SIGKILL, 76}, codes
+        torn += bool(find_unfinished(workdir))
+        steps = find_steps(workdir)
+        for step in [step for step in steps if step > last]:
+            assert_same(read_all(workdir, step), undisturbed[step])
+        assert max(steps, default=0) >= last
+        last = max(steps, default=0)
+    assert torn, "no kill met a checkpoint that was being written"
+    with pods.Pod(
+        workdir, planted_store, 2, 1, *arguments, rows=N_STEPS * 64
+    ) as pod:
+        assert pod.wait() == [0, 0], pod.tell(0)
+    assert_same(read_all(workdir, N_STEPS), undisturbed[N_STEPS])
+    assert not find_unfinished(workdir)
+
+
+def wait_for_save(pod, stale, rng):
+    """Until a checkpoint is being written, and a moment more."""
+    end = time.monotonic() + 120
+    while not find_unfinished(pod.workdir) - stale:
+        assert time.monotonic() < end, pod.tell(0)
+        time.sleep(0.001)
+    time.sleep(rng.uniform(0, 0.03))
+
+
+def find_unfinished(workdir):
+    """Checkpoints that are being written, or were when they were torn."""
+    paths = (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*")
+    found = set()
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_ino))
+    return found
+
+
+def test_a_disk_that_fills_up_loses_nothing(planted_store, tmp_path, monkeypatch):
+    config = synthetic.make_config(planted_store, mesh=ONE)
+    make = os.mkdir
+
+    def refuse(path, *arguments, **named):
+        if "16.orbax" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return make(path, *arguments, **named)
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "mkdir", refuse)
+        with pytest.raises(OSError, match="make room, and run the same") as caught:
+            loop.train(config, tmp_path / "run")
+    assert str(caught.value).endswith("it goes on from step 8, which is whole")
+    assert "\n" not in str(caught.value)
+    loop.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "other")
+    assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "other")
+
+
+def test_a_folder_without_rights_is_told_before_training(planted_store, tmp_path):
+    config = synthetic.make_config(planted_store, mesh=ONE)
+    (tmp_path / "run").mkdir()
+    # Not even an administrator makes files there.
+    (tmp_path / "run" / "checkpoints").symlink_to("/sys/kernel")
+    with pytest.raises(OSError, match="checkpoints': .*get the right to write there"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def find_steps(workdir):
+    folder = workdir / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def read_all(workdir, step):
+    state = read_state(workdir, step)
+    return {name: leaves(state, name) for name in state._fields}
+
+
+def assert_same(state, expected):
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+def assert_alike(rows, expected):
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    for name in ("loss", "nmse", "aux_loss"):
+        np.testing.assert_allclose(
+            [row[name] for row in rows], [row[name] for row in expected], rtol=1e-5
+        )
