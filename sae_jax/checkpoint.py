@@ -9,6 +9,7 @@ under its name only once it is whole; one torn by a kill is never chosen.
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,8 +106,13 @@ class Checkpoints:
         )
         if weights == "raw":
             return trees[item]
-        decay = setup.config.optimizer.ema_decay
-        return optim.ema_read(trees[item], decay, step, setup.unit_norm)
+        decay, unit_norm = setup.config.optimizer.ema_decay, setup.unit_norm
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def read(ema: optim.Params) -> optim.Params:
+            return optim.ema_read(ema, decay, step, unit_norm)
+
+        return read(trees[item])
 
     def meta(self, step: int) -> Meta:
         """What the checkpoint of this step says about itself."""

@@ -40,7 +40,7 @@ def load(path: str | Path, mesh: Mesh | None = None, weights: str = "ema") -> Sa
         params = checkpoints.restore_params(step, setup, weights)
     finally:
         checkpoints.close()
-    return jax.jit(setup.sae)(params)
+    return jax.jit(setup.sae, donate_argnums=0)(params)
 
 
 def locate(path: str | Path) -> tuple[Path, int]:

@@ -16,7 +16,7 @@ import pytest
 import synthetic
 from test_processes import leaves, read_metrics, read_state
 
-from sae_jax import loop
+from sae_jax import loop, run
 from sae_jax.config import MeshConfig
 
 ONE = MeshConfig(1, 1)
@@ -168,6 +168,18 @@ def test_a_folder_without_rights_is_told_before_training(planted_store, tmp_path
     with pytest.raises(OSError, match="checkpoints': .*get the right to write there"):
         loop.train(config, tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("weights, item", [("ema", "ema"), ("raw", "params")])
+def test_inference_reads_one_item_alone(weights, item, saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    expected = run.load(saved, weights=weights).w_dec_ld[...]
+    for path in (tmp_path / "run" / "checkpoints" / "24").iterdir():
+        if path.is_dir() and path.name not in (item, "meta"):
+            shutil.rmtree(path)
+    found = run.load(tmp_path / "run", weights=weights).w_dec_ld[...]
+    np.testing.assert_array_equal(found, expected)
+    assert found.devices() == {jax.devices()[0]}
 
 
 def find_steps(workdir):
