@@ -25,7 +25,8 @@ from sae_jax import config as configs
 from sae_jax import mesh as meshes
 from sae_jax.checkpoint import Checkpoints, Meta
 from sae_jax.config import TrainConfig
-from sae_jax.loader import Feed, StoreFeed
+from sae_jax.loader import Feed, StoreFeed, find_width
+from sae_jax.plan import choose_mesh
 from sae_jax.progress import Progress
 from sae_jax.resample import Resampling
 from sae_jax.run import CONFIG_FILE, METRICS_FILE
@@ -96,7 +97,7 @@ def train(
     config = configs.checked(config)
     files.refuse_remote(workdir)
     workdir = Path(workdir)
-    mesh = meshes.make_mesh(config.mesh, config.sae.n_latents)
+    mesh, why = _choose_mesh(config)
     feed = _open_feed(config, mesh, workdir)
     setup = validate(config, mesh, feed)
     profile = _Profile(workdir / "profile", profile_steps, config.n_steps)
@@ -112,7 +113,7 @@ def train(
         start, train_state = _start_or_resume(setup, feed, checkpoints)
         if processes.is_first():
             files.write_whole(workdir / CONFIG_FILE, configs.to_json(setup.config))
-            print(_describe(config, setup, feed, start), file=sys.stderr)
+            print(_describe(config, setup, feed, start, why), file=sys.stderr)
         writers = _open_writers(workdir, start, writer)
         stack.callback(writers.close)
         stack.callback(profile.close)
@@ -263,7 +264,9 @@ class _Profile:
             jax.profiler.stop_trace()
 
 
-def _describe(config: TrainConfig, setup: Setup, feed: Feed, start: int) -> str:
+def _describe(
+    config: TrainConfig, setup: Setup, feed: Feed, start: int, why: str = "as set"
+) -> str:
     """What is trained, on what, where and for how long; below it what else is set."""
     shape, sparsity = setup.mesh.shape, configs.sparsity(config.sae)
     first = (
@@ -271,7 +274,7 @@ def _describe(config: TrainConfig, setup: Setup, feed: Feed, start: int) -> str:
         f"{', '.join(f'{name} {value:g}' for name, value in sparsity.items())}, "
         f"{feed}, "
         f"mesh {shape[meshes.DATA]} x {shape[meshes.LATENT]} "
-        f"(data x latent), from step {start:,} to {config.n_steps:,} of "
+        f"(data x latent, {why}), from step {start:,} to {config.n_steps:,} of "
         f"{config.data.batch_rows:,} rows each"
     )
     if config.sae.architecture == "topk":
@@ -295,6 +298,22 @@ def _tell(choice: Choice) -> str:
     if choice.method == "approx":
         return "by approx_max_k"
     return "by sorting"
+
+
+def _choose_mesh(config: TrainConfig) -> tuple[Mesh, str]:
+    """The mesh over all devices, and why it is this one."""
+    sae = config.sae
+    if sae.d_model is None and config.data.store:
+        sae = dataclasses.replace(sae, d_model=find_width(config.data))
+    device = jax.devices()[0]
+    chosen, why = choose_mesh(
+        dataclasses.replace(config, sae=sae),
+        jax.device_count(),
+        device.platform,
+        device.device_kind,
+        jax.process_count(),
+    )
+    return meshes.make_mesh(chosen, sae.n_latents), why
 
 
 def _open_feed(config: TrainConfig, mesh: Mesh, workdir: Path) -> Feed:

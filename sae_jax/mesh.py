@@ -5,9 +5,11 @@ the specs beside each parameter. Axes are `Auto`: outside `jax.shard_map` the co
 places what has no spec.
 """
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sae_jax.config import MeshConfig
@@ -19,27 +21,27 @@ LATENT = "latent"
 def make_mesh(config: MeshConfig | None = None, n_latents: int | None = None) -> Mesh:
     """A (data, latent) mesh over the devices.
 
-    Where the config leaves `latent` open, it is all devices that `data` leaves; or, if
+    Where the config leaves `data` open, it is 1; of a run, `sae_jax.plan` chooses it
+    first. Where it leaves `latent` open, it is all devices that `data` leaves; or, if
     `n_latents` is given, as many of them as divide it.
 
     Raises:
         ValueError: the devices do not divide as the config says.
     """
     config = config or MeshConfig()
-    n_devices = len(jax.devices())
+    n_devices, n_data = len(jax.devices()), config.data or 1
     n_latent = config.latent
     if n_latent is None:
-        n_latent = max(1, n_devices // config.data)
+        n_latent = max(1, n_devices // n_data)
         while n_latents is not None and n_latents % n_latent:
             n_latent -= 1
-    if config.data * n_latent > n_devices or n_devices % config.data:
+    if n_data * n_latent > n_devices or n_devices % n_data:
         raise ValueError(
-            f"a mesh of mesh.data = {config.data} by mesh.latent = {n_latent} does not "
+            f"a mesh of mesh.data = {n_data} by mesh.latent = {n_latent} does not "
             f"fit {n_devices} device(s); their product must be at most, and mesh.data "
             "must divide, the number of devices"
         )
-    devices = jax.devices()[: config.data * n_latent]
-    return _mesh((config.data, n_latent), devices)
+    return mesh_of((n_data, n_latent), jax.devices()[: n_data * n_latent])
 
 
 def make_local_mesh(n_latent: int = 1) -> Mesh:
@@ -49,12 +51,26 @@ def make_local_mesh(n_latent: int = 1) -> Mesh:
         raise ValueError(
             f"{len(devices)} device(s) do not divide by {n_latent}: give a divisor"
         )
-    return _mesh((len(devices) // n_latent, n_latent), devices)
+    return mesh_of((len(devices) // n_latent, n_latent), devices)
 
 
 def single_device_mesh() -> Mesh:
     """A (1, 1) mesh on the first local device."""
-    return _mesh((1, 1), jax.local_devices()[:1])
+    return mesh_of((1, 1), jax.local_devices()[:1])
+
+
+def mesh_of(shape: tuple[int, int], devices: Sequence[jax.Device]) -> Mesh:
+    """A (data, latent) mesh of this shape over these devices, which may be described.
+
+    On a TPU an axis may take a part of an axis of its torus.
+    """
+    names, types = (DATA, LATENT), (AxisType.Auto,) * 2
+    if devices[0].platform != "tpu":
+        return jax.make_mesh(shape, names, axis_types=types, devices=devices)
+    placed = mesh_utils.create_device_mesh(
+        shape, devices, allow_split_physical_axes=True
+    )
+    return Mesh(placed, names, axis_types=types)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -95,9 +111,3 @@ def fetch(array: jax.Array) -> np.ndarray:
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def _mesh(shape: tuple[int, int], devices: list[jax.Device]) -> Mesh:
-    return jax.make_mesh(
-        shape, (DATA, LATENT), axis_types=(AxisType.Auto,) * 2, devices=devices
-    )

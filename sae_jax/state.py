@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from sae_jax import firing, losses, normalize, optim
 from sae_jax import mesh as meshes
-from sae_jax.config import CHOOSE_K, TrainConfig
+from sae_jax.config import CHOOSE_K, TrainConfig, shards_optimizer
 from sae_jax.firing import Counters
 from sae_jax.geometric_median import geometric_median
 from sae_jax.normalize import Normalization
@@ -61,9 +61,8 @@ class Setup:
     @property
     def shards_optimizer(self) -> bool:
         """Whether moments and average are spread over both axes of the mesh."""
-        is_wanted = self.config.mesh.shard_optimizer is not False
-        divides = self.config.sae.n_latents % self.mesh.size == 0
-        return is_wanted and divides and self.mesh.shape[meshes.DATA] > 1
+        shape = self.mesh.shape
+        return shards_optimizer(self.config, shape[meshes.DATA], shape[meshes.LATENT])
 
     def with_k(self, k: int) -> "Setup":
         """The same run choosing K latents, for one stage of annealing."""

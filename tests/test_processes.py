@@ -121,7 +121,7 @@ def test_sigterm_to_one_saves_the_step_of_all(planted_store, tmp_path):
         pod.send(1, signal.SIGTERM)
         assert pod.wait() == [PREEMPTED, PREEMPTED], pod.tell(0) + pod.tell(1)
         assert "is saved: the same command goes on" in pod.last_line(0)
-    (step,) = (int(path.name) for path in (workdir / "checkpoints").iterdir())
+    step = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
     assert f"stopped after step {step} of 9999" in pod.last_line(1)
     assert read_metrics(workdir)[-1]["step"] == step
 

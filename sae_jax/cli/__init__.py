@@ -23,6 +23,7 @@ COMMANDS = {
     "tasks": "write binary tasks about Python source, to probe latents with",
     "evaluate": "measure a trained SAE: table, evaluation.json, report.html",
     "compare": "put evaluated SAEs side by side: table, frontiers",
+    "plan": "what a run will hold, move and take on a machine that need not be there",
 }
 HELP_FLAGS = ("-h", "-help", "--help")
 

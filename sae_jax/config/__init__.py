@@ -38,6 +38,7 @@ from sae_jax.config.train import (
     OptimizerConfig,
     TrainConfig,
     learning_rate,
+    shards_optimizer,
 )
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "most_chosen",
     "nearest_name",
     "settings_of",
+    "shards_optimizer",
     "sparsity",
     "subtracts_b_dec",
     "to_json",

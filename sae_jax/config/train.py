@@ -110,7 +110,11 @@ class DataConfig:
 class MeshConfig:
     """How many devices share the batch (`data`) and the latents (`latent`)."""
 
-    data: int = setting(1, "devices that share a batch")
+    data: int | None = setting(
+        None,
+        "devices that share a batch; None: chosen with latent, by the time and memory "
+        "that a step is estimated to take (sae-jax plan)",
+    )
     latent: int | None = setting(
         None, "devices that share the latents; None: as many of the rest as divide them"
     )
@@ -122,7 +126,8 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "mesh.")
-        check_at_least("mesh.data", self.data, 1)
+        if self.data is not None:
+            check_at_least("mesh.data", self.data, 1)
         if self.latent is not None:
             check_at_least("mesh.latent", self.latent, 1)
 
@@ -221,6 +226,13 @@ def learning_rate(config: TrainConfig) -> float:
     if config.optimizer.learning_rate is not None:
         return config.optimizer.learning_rate
     return 2e-4 / math.sqrt(config.sae.n_latents / 2**14)
+
+
+def shards_optimizer(config: TrainConfig, n_data: int, n_latent: int) -> bool:
+    """Whether moments and average are spread over both axes of such a mesh."""
+    is_wanted = config.mesh.shard_optimizer is not False
+    divides = config.sae.n_latents % (n_data * n_latent) == 0
+    return is_wanted and divides and n_data > 1
 
 
 def _check_durations(config: TrainConfig) -> None:

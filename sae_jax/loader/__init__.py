@@ -20,7 +20,7 @@ from sae_jax.loader.batches import (
     load_rows,
     train_batches,
 )
-from sae_jax.loader.feed import Feed, StoreFeed
+from sae_jax.loader.feed import Feed, StoreFeed, find_width
 from sae_jax.loader.mixing import (
     Mixing,
     choose_window_chunks,
@@ -52,6 +52,7 @@ __all__ = [
     "find_lanes",
     "find_orders",
     "find_sources",
+    "find_width",
     "list_stores",
     "load_rows",
     "measure_mixing",

@@ -65,6 +65,13 @@ class Feed(Protocol):
         """The batches [B, D] bfloat16 of these steps, over the mesh's data axis."""
 
 
+def find_width(data: DataConfig) -> int:
+    """D of the rows that `data.store` names; fails as `StoreFeed` does."""
+    stores = [open_store(path) for path in list_stores(data)]
+    first = find_sources(data, stores)[0]
+    return first.store.width(first.site)
+
+
 class StoreFeed:
     """Batches from the stores that `data.store` names; a `Feed`.
 
