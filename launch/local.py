@@ -145,7 +145,8 @@ def _list_remote(workdir: str) -> list[str]:
     except OSError as error:
         _tell(f"its checkpoints cannot be listed: {error}")
         return []
-    return [name.split("/")[1] for name in files]
+    # What is written last of a checkpoint.
+    return [name.split("/")[1] for name in files if name.endswith("/meta.json")]
 
 
 def _is_newer(newest: int | None, before: int | None) -> bool:

@@ -4,7 +4,8 @@
 
 Each is an item of its own, so that parameters can be restored alone and onto any mesh.
 `meta` holds the step, the config, the normalisation and the site. A checkpoint appears
-under its name only once it is whole; one torn by a kill is never chosen.
+under its name only once it is whole; one torn by a kill is never chosen. In a bucket
+`sae_jax.bucket` writes them, with the same items.
 """
 
 import contextlib
@@ -20,11 +21,13 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from sae_jax import config as configs
-from sae_jax import files, optim
+from sae_jax import bucket, files, optim
 from sae_jax import state as states
+from sae_jax.bucket import BucketManager
 from sae_jax.config import TrainConfig
 from sae_jax.normalize import Normalization
 from sae_jax.state import Setup, TrainState
+from sae_jax.store import Folder
 from sae_jax.store.folder import is_full_disk
 
 FOLDER = "checkpoints"
@@ -54,19 +57,34 @@ class Checkpoints:
     def __init__(
         self, workdir: str | Path, kept: int = 1, is_read_only: bool = False
     ):
-        self.directory = (Path(workdir) / FOLDER).absolute()
+        self._folder = Folder(Path(workdir) / FOLDER)
+        self._manager: ocp.CheckpointManager | BucketManager
+        self._is_of_bucket = bucket.is_manager_of(self._folder)
+        if self._is_of_bucket:
+            self._manager = BucketManager(self._folder, kept, is_read_only)
+            return
         if is_read_only:
             options = ocp.CheckpointManagerOptions(create=False)
         else:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=kept, cleanup_tmp_directories=True
             )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        directory = self._folder.path.absolute()
+        self._manager = ocp.CheckpointManager(directory, options=options)
 
     @property
     def latest_step(self) -> int | None:
         """The step of the newest whole checkpoint."""
         return self._manager.latest_step()
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all whole checkpoints."""
+        return sorted(self._manager.all_steps())
+
+    def name(self, step: int) -> str:
+        """Where the checkpoint of this step is, for messages."""
+        return self._folder.name_file(str(step))
 
     def save(self, step: int, state: TrainState, setup: Setup) -> None:
         """Starts writing the state after `step` steps; returns before it is done."""
@@ -118,7 +136,7 @@ class Checkpoints:
         """What the checkpoint of this step says about itself."""
         read = ocp.args.Composite(meta=ocp.args.JsonRestore())
         raw = self._manager.restore(step, args=read)["meta"]
-        source = self.directory / str(step)
+        source = self.name(step)
         return Meta(
             step=raw["step"],
             config=configs.from_json(TrainConfig, json.dumps(raw["config"]), source),
@@ -142,13 +160,15 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
+            if self._is_of_bucket:
+                raise  # one line already, which names the cure
             # What Orbax tells of a full disk is pages long, and names no cure.
             cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            names = [path.name for path in self.directory.glob("[0-9]*")]
+            names = [path.name for path in self._folder.path.glob("[0-9]*")]
             steps = [int(name) for name in names if name.isdigit()]
             start = f"step {max(steps)}, which is whole" if steps else "the beginning"
             raise OSError(
-                f"{self.directory}: a checkpoint could not be written ({cause}): "
+                f"{self._folder}: a checkpoint could not be written ({cause}): "
                 f"{_cure(error)}, and run the same command again; it goes on from "
                 f"{start}"
             ) from error

@@ -9,9 +9,18 @@ from jax.sharding import Mesh
 from sae_jax.checkpoint import FOLDER
 from sae_jax.evals import EvaluateConfig, evaluate
 from sae_jax.mesh import make_mesh
+from sae_jax.mirror import Mirror
 from sae_jax.report import write_report
-from sae_jax.run import CONFIG_FILE, METRICS_FILE, load, locate, read_config
-from sae_jax.store import Store, open_store
+from sae_jax.run import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    load,
+    locate,
+    name_file,
+    read_config,
+    read_config_text,
+)
+from sae_jax.store import Folder, Store, open_store
 from sae_jax.subjects import Subject, load_subject
 from sae_jax.viewer import top_contexts
 from sae_jax.writers import read_json_lines
@@ -66,43 +75,50 @@ def evaluate_run(
     mesh = mesh or make_mesh(n_latents=run.sae.n_latents)
     checkpoint = workdir / FOLDER / str(step)
     sae = load(checkpoint, mesh, weights)
-    config_text = (workdir / CONFIG_FILE).read_text(encoding="utf-8")
-    out = find_out(path, out)
-    out.mkdir(parents=True, exist_ok=True)
-    if fresh:
-        (out / EVALUATION_FILE).unlink(missing_ok=True)
-    results = evaluate(
-        sae,
-        model,
-        opened,
-        suite,
-        seed=seed,
-        config=config,
-        progress=progress,
-        raw=load(checkpoint, mesh, "raw") if weights == "ema" else None,
-        about={
-            "run": hashlib.sha256(config_text.encode()).hexdigest()[:16],
-            "weights": weights,
-            "step": step,
-            "n_steps": run.n_steps,
-        },
-        file=out / EVALUATION_FILE,
-    )
-    if report:
-        write_report(
-            out / REPORT_FILE,
-            results,
-            top_contexts(
-                sae, model, opened, seed=seed, config=config, progress=progress
-            ),
-            read_json_lines(workdir / METRICS_FILE),
-            config_text,
+    config_text = read_config_text(workdir)
+    metrics = Mirror(Folder(workdir))
+    metrics.fetch(METRICS_FILE)
+    with Mirror(Folder(find_out(path, out))) as left:
+        left.path.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            (left.path / EVALUATION_FILE).unlink(missing_ok=True)
+        else:
+            left.fetch(EVALUATION_FILE)
+        results = evaluate(
+            sae,
+            model,
+            opened,
+            suite,
+            seed=seed,
+            config=config,
+            progress=progress,
+            raw=load(checkpoint, mesh, "raw") if weights == "ema" else None,
+            about={
+                "run": hashlib.sha256(config_text.encode()).hexdigest()[:16],
+                "weights": weights,
+                "step": step,
+                "n_steps": run.n_steps,
+            },
+            file=left.path / EVALUATION_FILE,
         )
+        if report:
+            write_report(
+                left.path / REPORT_FILE,
+                results,
+                top_contexts(
+                    sae, model, opened, seed=seed, config=config, progress=progress
+                ),
+                read_json_lines(metrics.path / METRICS_FILE),
+                config_text,
+            )
     return results
 
 
 def find_out(path: str | Path, out: str | Path | None = None) -> Path:
-    """The folder of the results: `out`, or what `path` gives when that is None."""
+    """The folder of the results: `out`, or what `path` gives when that is None.
+
+    As in `sae_jax.run.locate`, the Path of a bucket is for `Folder` alone.
+    """
     if out is not None:
         return Path(out)
     workdir, step = locate(path)
@@ -115,15 +131,15 @@ def _open_store_of(run_dir: Path, store: str) -> Store:
     if not store or "," in store:
         trained = "on several stores" if store else "without a store"
         raise ValueError(
-            f"{run_dir} was trained {trained}: name one of its site and subject with "
-            "--store"
+            f"{Folder(run_dir)} was trained {trained}: name one of its site and "
+            "subject with --store"
         )
     try:
         return open_store(store)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"no store at {store!r}, which {run_dir / CONFIG_FILE} names: give its "
-            "folder with --store, or start where the run was trained"
+            f"no store at {store!r}, which {name_file(run_dir, CONFIG_FILE)} names: "
+            "give its folder with --store, or start where the run was trained"
         ) from error
 
 

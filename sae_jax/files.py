@@ -7,7 +7,6 @@ however that ends, so the file may lie there for ever and means nothing by itsel
 import errno
 import fcntl
 import os
-import re
 import shutil
 import weakref
 from pathlib import Path
@@ -16,8 +15,6 @@ from typing import Self
 LOCK_FILE = ".lock"
 PARTIAL = ".partial"  # ends the name of a file that is being written
 _MB = 10**6
-# pathlib makes one slash of the two.
-_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 # Some network file systems have no locks; there nobody is kept out.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
@@ -70,15 +67,6 @@ def make_writable(path: str | Path) -> None:
             f"{str(path)!r}: {error.strerror}: get the right to write there, or choose "
             "another folder",
         ) from error
-
-
-def refuse_remote(path: str | Path) -> None:
-    """ValueError for gs://, s3:// and their like."""
-    if _REMOTE.match(str(path)):
-        raise ValueError(
-            f"{str(path)!r} is not on a disk of this machine: this version reads and "
-            "writes local folders only"
-        )
 
 
 class FolderLock:

@@ -26,6 +26,7 @@ from sae_jax import mesh as meshes
 from sae_jax.checkpoint import Checkpoints, Meta
 from sae_jax.config import TrainConfig
 from sae_jax.loader import Feed, StoreFeed, find_width
+from sae_jax.mirror import Mirror
 from sae_jax.plan import choose_mesh
 from sae_jax.progress import Progress
 from sae_jax.resample import Resampling
@@ -33,11 +34,13 @@ from sae_jax.run import CONFIG_FILE, METRICS_FILE
 from sae_jax.saes.topk import plan_choice
 from sae_jax.state import Setup, TrainState
 from sae_jax.step import Metrics, make_step, validate
+from sae_jax.store import Folder
 from sae_jax.stream import Stream
 from sae_jax.topk import Choice
 from sae_jax.writers import JsonLinesWriter, TensorBoardWriter, Writer, Writers
 
 _SAMPLE_ROWS = 8192  # enough for the median and the variance of a site
+_TOKEN = ".processes"
 
 # A resumed run may change these; any other difference would make it another run. More
 # rows make it longer, unless the learning rate falls towards the end.
@@ -80,7 +83,8 @@ def train(
 
     Args:
         config: the run.
-        workdir: the run folder; see README.md for what it will hold.
+        workdir: the run folder, on a disk or at gs:// or s3://; see README.md for what
+            it will hold.
         writer: also gets the metrics, beside `metrics.jsonl` and TensorBoard.
         profile_steps: profiles the steps from the first up to the second number.
 
@@ -95,26 +99,28 @@ def train(
     """
     processes.check_joined()
     config = configs.checked(config)
-    files.refuse_remote(workdir)
-    workdir = Path(workdir)
+    folder = Folder(workdir)
     mesh, why = _choose_mesh(config)
-    feed = _open_feed(config, mesh, workdir)
+    feed = _open_feed(config, mesh, Path(workdir))
     setup = validate(config, mesh, feed)
-    profile = _Profile(workdir / "profile", profile_steps, config.n_steps)
+    mirror = Mirror(folder)
+    profile = _Profile(mirror.path / "profile", profile_steps, config.n_steps)
 
     with contextlib.ExitStack() as stack:
-        if processes.is_first():
-            files.make_writable(workdir / checkpoint.FOLDER)
-            checkpoint.check_space(workdir, setup)
-            stack.enter_context(files.lock_folder(workdir))
-        _check_shared(workdir)
+        if processes.is_first() and folder.is_local:
+            files.make_writable(folder.path / checkpoint.FOLDER)
+            checkpoint.check_space(folder.path, setup)
+            stack.enter_context(files.lock_folder(folder.path))
+        _check_shared(folder)
         checkpoints = Checkpoints(workdir, config.checkpoints_kept)
         stack.callback(checkpoints.close)
         start, train_state = _start_or_resume(setup, feed, checkpoints)
+        stack.enter_context(mirror)
         if processes.is_first():
-            files.write_whole(workdir / CONFIG_FILE, configs.to_json(setup.config))
+            folder.write(CONFIG_FILE, configs.to_json(setup.config))
+            mirror.fetch(METRICS_FILE)
             print(_describe(config, setup, feed, start, why), file=sys.stderr)
-        writers = _open_writers(workdir, start, writer)
+        writers = _open_writers(mirror.path, start, writer)
         stack.callback(writers.close)
         stack.callback(profile.close)
         batches = feed.batches(start, config.n_steps - start)
@@ -128,6 +134,7 @@ def train(
             resampling,
             checkpoints,
             writers,
+            mirror,
             profile,
         )
 
@@ -140,6 +147,7 @@ def _run(
     resampling: Resampling,
     checkpoints: Checkpoints,
     writers: Writer,
+    mirror: Mirror,
     profile: "_Profile",
 ) -> TrainState:
     config = setup.config
@@ -165,6 +173,7 @@ def _run(
             if is_last or step % config.checkpoint_every_steps == 0:
                 report.step(*pending)  # a state is saved only once it was looked at
                 pending = None
+                mirror.send()
                 checkpoints.save(step, train_state, setup)
             if is_last:
                 break
@@ -229,7 +238,7 @@ class _Report:
             return
         self._checkpoints.wait()
         good = self._checkpoints.latest_step
-        where = f"{self._checkpoints.directory / str(good)}" if good else "none yet"
+        where = self._checkpoints.name(good) if good else "none yet"
         raise NonFiniteLoss(
             f"step {step}: {', '.join(f'{n} = {scalars[n]}' for n in bad)}; "
             f"last good checkpoint: {where}"
@@ -322,25 +331,24 @@ def _open_feed(config: TrainConfig, mesh: Mesh, workdir: Path) -> Feed:
     return StoreFeed(config.data, mesh, config.seed)
 
 
-def _check_shared(workdir: Path) -> None:
+def _check_shared(folder: Folder) -> None:
     """ValueError unless what process 0 writes there is seen by all processes."""
     if jax.process_count() == 1:
         return
-    token = workdir / ".processes"
     number = int(processes.from_first(time.time_ns() % 2**31))
     if processes.is_first():
-        files.write_whole(token, str(number))
+        folder.write(_TOKEN, str(number))
     processes.wait_for_all("token")
-    is_seen = token.exists() and token.read_text(encoding="utf-8") == str(number)
+    is_seen = folder.read(_TOKEN) == str(number).encode()
     processes.wait_for_all("seen")
     if not is_seen:
         raise ValueError(
-            f"{str(workdir)!r} of process 0 is not the one of process "
+            f"{str(folder)!r} of process 0 is not the one of process "
             f"{jax.process_index()}: give a folder that all processes share, or gs:// "
             "or s3://"
         )
     if processes.is_first():
-        token.unlink()
+        folder.delete(_TOKEN)
 
 
 def _start_or_resume(
@@ -357,12 +365,12 @@ def _start_or_resume(
         processes.note("the first state")
         return 0, state.create(setup, feed.sample(_SAMPLE_ROWS, setup.config.seed))
     processes.note(f"reading the checkpoint of step {step}")
-    path = checkpoints.directory / str(step)
+    path = checkpoints.name(step)
     _refuse_another_run(checkpoints.meta(step), setup, path)
     return step, checkpoints.restore(step, setup)
 
 
-def _refuse_another_run(meta: Meta, setup: Setup, path: Path) -> None:
+def _refuse_another_run(meta: Meta, setup: Setup, path: str) -> None:
     """ValueError if the checkpoint is of a run that `setup` does not go on with."""
     was, now = dataclasses.asdict(meta.config), dataclasses.asdict(setup.config)
     for name, old, new in _differences(was, now):
@@ -396,11 +404,11 @@ def _differences(old: dict, new: dict, prefix: str = "") -> list[tuple]:
     return found
 
 
-def _open_writers(workdir: Path, start: int, extra: Writer | None) -> Writers:
+def _open_writers(path: Path, start: int, extra: Writer | None) -> Writers:
     if not processes.is_first():
         return Writers([])
     writers: list[Writer] = [
-        JsonLinesWriter(workdir / METRICS_FILE, start),
-        TensorBoardWriter(workdir / "tensorboard", start),
+        JsonLinesWriter(path / METRICS_FILE, start),
+        TensorBoardWriter(path / "tensorboard", start),
     ]
     return Writers(writers + ([extra] if extra else []))

@@ -26,6 +26,7 @@ from sae_jax.watch import FAILED, PEER_LOST, Watch
 # The number of an open pipe on which a process says that it met the others, as what.
 MET_PIPE = "SAE_JAX_MET_PIPE"
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+_MEETING_MSECS = 24 * 3600 * 1000
 
 
 class PeerLost(Exception):
@@ -162,6 +163,16 @@ def wait_for_all(name: str) -> None:
     """Returns when every process is at the place of this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def meet(name: str) -> None:
+    """As `wait_for_all`, once for each name, from any thread while devices compute.
+
+    A process that does not come is lost, and `Watch` sees that.
+    """
+    client: Any = global_state.client
+    if jax.process_count() > 1:
+        client.wait_at_barrier(name, _MEETING_MSECS)
 
 
 def _part(watch: Watch) -> None:

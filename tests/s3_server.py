@@ -92,7 +92,7 @@ class _Door:
     def __init__(self, to_port):
         self._to_port = to_port
         self.port = _find_port()
-        self._connections, self._listener = [], None
+        self._connections, self._listener = set(), None
         self.open()
 
     def open(self):
@@ -103,7 +103,7 @@ class _Door:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        for connection in self._connections:
+        for connection in list(self._connections):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
             connection.close()
@@ -120,9 +120,20 @@ class _Door:
                 continue
             except OSError:
                 return
-            self._connections += [inner, outer]
-            for pair in ((inner, outer), (outer, inner)):
-                threading.Thread(target=_pass_on, args=pair, daemon=True).start()
+            threading.Thread(
+                target=self._serve, args=(listener, inner, outer), daemon=True
+            ).start()
+
+    def _serve(self, listener, inner, outer):
+        with inner, outer:  # moto ends a connection with every answer
+            self._connections |= {inner, outer}
+            if listener.fileno() < 0:
+                return
+            back = threading.Thread(target=_pass_on, args=(outer, inner), daemon=True)
+            back.start()
+            _pass_on(inner, outer)
+            back.join()
+            self._connections -= {inner, outer}
 
 
 def _pass_on(source, target):

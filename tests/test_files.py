@@ -6,11 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from sae_jax.files import check_space, lock_folder, refuse_remote, write_whole
+from sae_jax.files import check_space, lock_folder, write_whole
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -34,14 +33,6 @@ def test_space_is_that_of_the_nearest_folder_there(tmp_path):
     assert error.value.errno == errno.ENOSPC
     assert f"the disk of {str(path)!r} has" in error.value.strerror
     assert "\n" not in error.value.strerror and not path.parent.exists()
-
-
-def test_only_remote_paths_are_refused():
-    for path in ("gs://b/x", "s3://b", "file:///x", Path("gs://b/x")):
-        with pytest.raises(ValueError, match="local folders only"):
-            refuse_remote(path)
-    for path in ("run", "/run", "./a:/b", "C:/run", Path("a b"), "a:b/c"):
-        refuse_remote(path)
 
 
 def test_a_lock_ends_when_closed_or_dropped(tmp_path):

@@ -19,6 +19,7 @@ FLOORS = (
     (
         "mesh",
         "store",
+        "mirror",
         "normalize",
         "losses",
         "scaling",
@@ -37,7 +38,7 @@ FLOORS = (
     ),
     ("saes", "loader", "subjects", "packing", "tasks"),
     ("state", "formats", "readout", "harvest", "stream", "diagnostics"),
-    ("gradients", "checkpoint", "resample"),
+    ("gradients", "bucket", "checkpoint", "resample"),
     ("step",),
     ("run", "loop", "evals", "baselines", "plan"),
     (

@@ -178,8 +178,8 @@ def test_a_bad_config_starts_nothing(change, message, planted_store, tmp_path):
     config = synthetic.make_config(planted_store, **change)
     with pytest.raises(ValueError, match=message):
         loop.train(config, tmp_path / "run")
-    with pytest.raises(ValueError, match="local folders only"):
-        loop.train(config, "gs://bucket/run")
+    with pytest.raises(ValueError, match="lie in folders, at file://, gs:// or s3://"):
+        loop.train(config, "hdfs://bucket/run")
     assert not (tmp_path / "run").exists()
 
 

@@ -19,7 +19,7 @@ from absl import flags
 from sae_jax.cli.errors import Misuse
 from sae_jax.evals import SUITES, EvaluateConfig, format_table
 from sae_jax.evaluation import EVALUATION_FILE, REPORT_FILE, evaluate_run, find_out
-from sae_jax.run import WEIGHTS
+from sae_jax.run import WEIGHTS, name_file
 
 _SUITE = flags.DEFINE_enum(
     "suite",
@@ -62,6 +62,6 @@ def main(argv: Sequence[str]) -> None:
         report=_REPORT.value,
     )
     print(format_table(results))
-    print(f"\n{out / EVALUATION_FILE}")
+    print(f"\n{name_file(out, EVALUATION_FILE)}")
     if _REPORT.value:
-        print(out / REPORT_FILE)
+        print(name_file(out, REPORT_FILE))

@@ -1,4 +1,4 @@
-"""Where a store lies: a folder on a disk, or below a prefix of a bucket.
+"""Where a store or a run lies: a folder on a disk, or below a prefix of a bucket.
 
     stores/a            a folder; file:///stores/a is the same
     s3://bucket/a       Amazon S3 and what speaks like it
@@ -89,12 +89,15 @@ class Folder:
         """Deletes a file, if it is there."""
         self._do("write", name, None)
 
+    def delete_all(self, prefix: str) -> None:
+        """Deletes all files whose names begin with `prefix`."""
+        self._do("delete_range", _range(prefix))
+
     def list(self, prefix: str = "") -> list[str]:
         """The names of all files that begin with `prefix`, sorted."""
         if self.is_local and not self.path.is_dir():
             return []
-        stop = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""
-        names = self._do("list", ts.KvStore.KeyRange(prefix, stop))
+        names = self._do("list", _range(prefix))
         return sorted(name.decode("utf-8", "replace") for name in names)
 
     def _do(self, action: str, *arguments: Any) -> Any:
@@ -105,6 +108,12 @@ class Folder:
             return getattr(self._files, action)(*arguments).result()
         except (ValueError, OSError) as error:
             raise_plainly(self, error)
+
+
+def _range(prefix: str) -> ts.KvStore.KeyRange:
+    """All names that begin with `prefix`."""
+    stop = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""
+    return ts.KvStore.KeyRange(prefix, stop)
 
 
 def raise_plainly(folder: Folder, error: Exception) -> NoReturn:
@@ -149,12 +158,13 @@ def _normalise(url: str) -> str:
     if found is None:
         return url
     if not _URL.match(url) and found[1] in ("file", "gs", "s3"):
-        url = url.replace(":/", "://", 1)  # a Path was made of it
+        # A Path was made of it; of file:///x, file:/x.
+        url = url.replace(":/", ":///" if found[1] == "file" else "://", 1)
     match = _URL.match(url)
     if match is None:
         raise ValueError(
-            f"{url!r}: stores lie in folders, at file://, gs:// or s3://, not at "
-            f"{found[1]}:"
+            f"{url!r}: stores and runs lie in folders, at file://, gs:// or s3://, "
+            f"not at {found[1]}:"
         )
     if match[1] == "file":
         return match[2] or "/"

@@ -1,0 +1,104 @@
+"""As much of Google Cloud Storage as tensorstore asks for, in memory, on loopback."""
+
+import http.server
+import json
+import threading
+import urllib.parse
+
+_OBJECTS = "/storage/v1/b/bucket/o"
+
+
+class Server:
+    """Serves one bucket, `bucket`, at `endpoint`, until `close`."""
+
+    def __init__(self):
+        self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._http.objects, self._http.n_written = {}, 0
+        self._http.lock = threading.Lock()
+        self.endpoint = f"http://127.0.0.1:{self._http.server_port}"
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def set_environment(self, monkeypatch):
+        """Tells tensorstore of it; before its first use of gs:// in this process."""
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", self.endpoint)
+        monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+
+    def close(self):
+        self._http.shutdown()
+        self._http.server_close()
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        path, query = self._read_url()
+        objects = self.server.objects
+        if path == _OBJECTS:
+            start, stop = query.get("startOffset", ""), query.get("endOffset")
+            names = sorted(
+                n for n in objects if n >= start and (stop is None or n < stop)
+            )
+            return self._answer({"items": [_describe(n, *objects[n]) for n in names]})
+        name = path.removeprefix(f"{_OBJECTS}/")
+        if name not in objects:
+            return self._fail(404)
+        generation, data = objects[name]
+        if query.get("ifGenerationNotMatch") == str(generation):
+            return self._fail(304)
+        status, wanted = 200, self.headers.get("Range")
+        if wanted:
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            status, whole = 206, len(data)
+            data = data[int(first) : int(last) + 1 if last else None]
+        self.send_response(status)
+        if wanted:
+            end = int(first) + len(data) - 1
+            self.send_header("Content-Range", f"bytes {first}-{end}/{whole}")
+        self.send_header("x-goog-generation", str(generation))
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_POST(self):
+        _, query = self._read_url()
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        name, wanted = query["name"], query.get("ifGenerationMatch")
+        with self.server.lock:
+            now, _ = self.server.objects.get(name, (0, b""))
+            if wanted is not None and int(wanted) != now:
+                return self._fail(412)
+            self.server.n_written += 1
+            self.server.objects[name] = (self.server.n_written, data)
+            described = _describe(name, *self.server.objects[name])
+        return self._answer(described)
+
+    def do_DELETE(self):
+        path, _ = self._read_url()
+        found = self.server.objects.pop(path.removeprefix(f"{_OBJECTS}/"), None)
+        return self._fail(404) if found is None else self._answer({})
+
+    def log_message(self, *_):
+        pass
+
+    def _read_url(self):
+        url = urllib.parse.urlsplit(self.path)
+        query = urllib.parse.parse_qs(url.query, keep_blank_values=True)
+        return urllib.parse.unquote(url.path), {k: v[0] for k, v in query.items()}
+
+    def _answer(self, values):
+        data = json.dumps(values).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _fail(self, status):
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+def _describe(name, generation, data):
+    return {"name": name, "generation": str(generation), "size": str(len(data))}

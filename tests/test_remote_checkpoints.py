@@ -1,0 +1,350 @@
+"""Run folders in a bucket: the same bits as on a disk, and no half of a checkpoint."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import gcs_server
+import jax
+import numpy as np
+import planted
+import pods
+import pytest
+import synthetic
+from s3_server import bucket, server, set_environment  # noqa: F401
+from test_evaluation import SMALL
+
+import sae_jax
+from sae_jax import evaluation, loop, run
+from sae_jax import bucket as buckets
+from sae_jax.bucket import BucketManager
+from sae_jax.config import DataConfig, MeshConfig, SaeConfig
+from sae_jax.evals import METRICS
+from sae_jax.store import Folder
+from sae_jax.store.folder import raise_plainly
+
+pytest.importorskip("moto")
+
+SHAPE = (2, 4)
+OFTEN = {"checkpoint_every_steps": 4, "checkpoints_kept": 2}
+_CHILD = """
+import os
+os.environ["NPROC"] = "32"
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+import signal, sys
+import synthetic, test_remote_checkpoints
+from sae_jax import loop
+test_remote_checkpoints.kill_at(sys.argv[3])
+config = test_remote_checkpoints.make_config(sys.argv[1])
+loop.train(config, sys.argv[2])
+"""
+
+
+def make_config(store, **fields):
+    fields = {"mesh": MeshConfig(*SHAPE), "checkpoints_kept": 1} | fields
+    return synthetic.make_config(store, **fields)
+
+
+def kill_at(moment):
+    """Has this process killed while it saves step 16; not, if there is no moment."""
+    name = {"array": "_write", "end": "_mark"}.get(moment)
+    if name is None:
+        return
+    method = getattr(BucketManager, name)
+
+    def patched(self, first, *others):
+        is_it = first == 16 or "16/" in str(first) and "optimizer/nu" in str(first)
+        if is_it:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(self, first, *others)
+
+    setattr(BucketManager, name, patched)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A store, a run on it on a disk, and its final state."""
+    path = tmp_path_factory.mktemp("undisturbed")
+    store = synthetic.write_store(path / "store")
+    state = loop.train(make_config(store), path / "run")
+    return store, path / "run", jax.device_get(state)
+
+
+@pytest.fixture(scope="module")
+def trained(server, undisturbed):  # noqa: F811
+    """The same run in a bucket, not to be changed, and its final state."""
+    path = "s3://bucket/trained"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        set_environment(monkeypatch, server)
+        config = make_config(undisturbed[0], **OFTEN)
+        state = loop.train(config, path)
+    return path, jax.device_get(state)
+
+
+def assert_same(state, expected):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), expected)
+
+
+def read_metrics(text):
+    """The rows, less what is another in every life."""
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [row | {"rows_per_second": None} for row in rows]
+
+
+def start(store, workdir, moment=""):
+    folders = (os.path.dirname(__file__), os.path.dirname(sae_jax.__path__[0]))
+    return subprocess.Popen(
+        [sys.executable, "-c", _CHILD, str(store), workdir, moment],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(folders)},
+        stderr=subprocess.PIPE,
+    )
+
+
+def list_steps(workdir):
+    """The steps that have arrays, and those of them that are whole."""
+    tops = [name.split("/") for name in Folder(f"{workdir}/checkpoints").list()]
+    steps = {int(parts[0]) for parts in tops if parts[0].isdigit()}
+    return steps, {int(parts[0]) for parts in tops if parts[-1] == "meta.json"}
+
+
+def test_a_run_in_a_bucket_is_the_same(bucket, trained, undisturbed):  # noqa: F811
+    store, local, expected = undisturbed
+    path, state = trained
+    assert_same(state, expected)
+    assert_same(loop.train(make_config(store, **OFTEN), path), expected)  # all is done
+    files = Folder(path)
+    ours = read_metrics(files.read("metrics.jsonl"))
+    assert ours == read_metrics((local / "metrics.jsonl").read_bytes())
+    assert len(ours) == 24 and run.read_config(path).sae.d_model == 16
+    assert all(len(files.read(name)) > 20 for name in files.list("tensorboard/"))
+    assert list_steps(path) == ({20, 24}, {20, 24})
+
+
+def test_parameters_alone_are_read(
+    bucket, trained, undisturbed, monkeypatch  # noqa: F811
+):
+    read, names = BucketManager._read, []
+
+    def note(self, name, target):
+        names.append(name.split("/", 2)[2])
+        return read(self, name, target)
+
+    monkeypatch.setattr(BucketManager, "_read", note)
+    acts_bd = synthetic.sample_rows(5)
+    theirs = run.load(undisturbed[1]).encode(acts_bd)
+    for path in (trained[0], f"{trained[0]}/checkpoints/24"):
+        ours = run.load(path).encode(acts_bd)
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    arrays = ("w_enc_ld", "w_dec_ld", "b_enc_l", "b_dec_d")
+    assert set(names) == {f"ema/{name}" for name in arrays}
+    assert run.load(f"{trained[0]}/checkpoints/20").n_latents == 128
+    for path in (f"{trained[0]}/nothing", f"{trained[0]}/checkpoints/25"):
+        with pytest.raises(FileNotFoundError, match=path):
+            run.load(path)
+
+
+def test_a_copy_on_a_disk_goes_on_too(
+    bucket, trained, undisturbed, tmp_path  # noqa: F811
+):
+    store, _, expected = undisturbed
+    files, copy = Folder(trained[0]), tmp_path / "copy"
+    for name in files.list():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(files.read(name))
+    (copy / "checkpoints" / "24" / "meta.json").unlink()
+    assert run.locate(copy)[1] == 20
+    assert_same(loop.train(make_config(store, **OFTEN), copy), expected)
+    assert list_steps(copy) == ({20, 24}, {20, 24})
+
+
+def test_damage_is_named_and_never_zeros(bucket, trained):  # noqa: F811
+    files = Folder(f"{trained[0]}/checkpoints")
+    (name,) = (n for n in files.list("24/") if n.endswith("ema/w_enc_ld/c/2/0"))
+    data = files.read(name)
+    for damaged in (data[:9] + bytes([data[9] ^ 1]) + data[10:], data[:-9], None):
+        files.delete(name) if damaged is None else files.write(name, damaged)
+        with pytest.raises(ValueError, match="ema/w_enc_ld is missing or damaged"):
+            run.load(trained[0])
+    assert run.load(trained[0], weights="raw").n_latents == 128
+    files.write(name, data)
+
+
+@pytest.mark.parametrize("moment", ["array", "end"])
+def test_a_kill_in_mid_save_loses_no_more_than_that_save(
+    moment, bucket, undisturbed  # noqa: F811
+):
+    store, local, expected = undisturbed
+    child = start(store, bucket, moment)
+    assert child.wait(120) == -signal.SIGKILL, child.stderr.read().decode()
+    child.stderr.close()
+    assert list_steps(bucket) == ({8, 16}, {8})
+    assert run.locate(bucket)[1] == 8
+    with pytest.raises(FileNotFoundError, match="those of the steps 8$"):
+        run.load(f"{bucket}/checkpoints/16")
+    assert_same(loop.train(make_config(store), bucket), expected)
+    assert list_steps(bucket) == ({24}, {24})
+    data = Folder(bucket).read("metrics.jsonl")
+    whole = (local / "metrics.jsonl").read_bytes()
+    assert read_metrics(data) == read_metrics(whole)
+
+
+@pytest.mark.parametrize("n_kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_random_moments(n_kills, bucket, undisturbed):  # noqa: F811
+    store, _, expected = undisturbed
+    moments = random.Random(n_kills)
+    config = make_config(store, checkpoint_every_steps=2)
+    for _ in range(n_kills):
+        child = start(store, bucket)
+        earlier, end = list_steps(bucket), time.monotonic() + 120
+        while list_steps(bucket) == earlier and child.poll() is None:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0, 1))
+        child.kill()
+        child.communicate()
+        steps, whole = list_steps(bucket)
+        if whole:
+            assert run.locate(bucket)[1] == max(whole)
+        if whole == {24}:
+            break
+    assert_same(loop.train(config, bucket), expected)
+
+
+def test_a_server_that_goes_away_in_mid_save(
+    bucket, server, undisturbed, monkeypatch  # noqa: F811
+):
+    store, _, expected = undisturbed
+    write = BucketManager._write
+
+    def cut_off(self, name, copy):
+        if name.startswith("16/") and "optimizer" in name:
+            server.shut()
+        write(self, name, copy)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BucketManager, "_write", cut_off)
+        try:
+            with pytest.raises(OSError, match=f"{bucket}.* cannot be reached") as error:
+                loop.train(make_config(store), bucket)
+            assert "\n" not in str(error.value)
+            with pytest.raises(OSError, match="cannot be reached"):
+                run.load(bucket)
+            with pytest.raises(OSError, match="cannot be reached"):
+                loop.train(make_config(store), bucket)
+        finally:
+            server.open()
+    assert list_steps(bucket) == ({8, 16}, {8})
+    assert_same(loop.train(make_config(store), bucket), expected)
+
+
+def test_of_two_runs_in_one_folder_the_later_goes_on(
+    bucket, undisturbed  # noqa: F811
+):
+    store, _, expected = undisturbed
+
+    class Later(synthetic.KillAt):
+        def write(self, step, scalars):
+            if step == self.step:
+                assert_same(loop.train(make_config(store), bucket), expected)
+
+    with pytest.raises(ValueError, match="another run has begun to write here; step"):
+        loop.train(make_config(store), bucket, Later(10))
+    assert list_steps(bucket)[1] == {24}
+    assert_same(loop.train(make_config(store), bucket), expected)
+    assert list_steps(bucket) == ({24}, {24})
+
+
+def test_chunks_divide_shards(monkeypatch, bucket, undisturbed):  # noqa: F811
+    assert buckets._cut((6, 4), 4) == (6, 4) and buckets._cut((), 4) == ()
+    monkeypatch.setattr(buckets, "_MOST_CHUNK_BYTES", 100)
+    assert buckets._cut((6, 8), 4) == (3, 8)
+    assert buckets._cut((10, 8), 4) == (2, 8)
+    assert buckets._cut((7, 8), 4) == (1, 8)
+    assert buckets._cut((2, 99), 4) == (1, 99)
+    store, _, expected = undisturbed
+    assert_same(loop.train(make_config(store), bucket), expected)
+    assert any(n.endswith("/w_enc_ld/c/31/0") for n in Folder(bucket).list())
+    assert_same(loop.train(make_config(store), bucket), expected)
+
+
+def test_processes_share_a_bucket(bucket, undisturbed, tmp_path):  # noqa: F811
+    store, metrics = undisturbed[0], undisturbed[1] / "metrics.jsonl"
+    arguments = ("--peer_timeout_secs=5", f"--workdir={bucket}")
+    with pods.Pod(tmp_path / "run", store, 2, 4, *arguments) as pod:
+        end = time.monotonic() + 120
+        while not list_steps(bucket)[1]:
+            assert time.monotonic() < end, pod.tell(0)
+            time.sleep(0.05)
+        pod.send(1, signal.SIGKILL)
+        assert pod.wait()[1] == -signal.SIGKILL, pod.tell(0)
+    done = max(list_steps(bucket)[1])
+    with pods.Pod(tmp_path / "run", store, 2, 4, *arguments) as pod:
+        assert pod.wait() == [0, 0], pod.tell(0) + pod.tell(1)
+        assert f"from step {done} to 24" in pod.tell(0)
+    assert list_steps(bucket) == ({16, 24}, {16, 24})
+    ours, theirs = (
+        read_metrics(data)
+        for data in (Folder(bucket).read("metrics.jsonl"), metrics.read_bytes())
+    )
+    assert len(ours) == len(theirs) == 24
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
+    sae = run.load(bucket)  # in one process, on one device
+    assert sae.encode(synthetic.sample_rows(5)).values.shape == (5, 3)
+
+
+def test_google_cloud_storage_is_the_same_code(
+    undisturbed, monkeypatch, tmp_path
+):
+    """Against a server of ours that has what tensorstore asks for; no other was met."""
+    google, path = gcs_server.Server(), f"gs://bucket/{tmp_path.name}"
+    google.set_environment(monkeypatch)
+    store, _, expected = undisturbed
+    try:
+        with pytest.raises(synthetic.Killed):
+            loop.train(make_config(store), path, synthetic.KillAt(19))
+        assert list_steps(path) == ({16}, {16})
+        assert_same(loop.train(make_config(store), path), expected)
+        assert run.load(path).n_latents == 128
+        assert list_steps(path) == ({24}, {24})
+    finally:
+        google.close()
+
+
+def test_a_run_in_a_bucket_is_evaluated(
+    bucket, tmp_path, monkeypatch  # noqa: F811
+):
+    subject, path = planted.make_subject(), tmp_path / "store"
+    planted.write_store(path, subject)
+    data = DataConfig(str(path), site=planted.SITE, batch_rows=64, lanes=4)
+    sae = SaeConfig(n_latents=128, k=3, aux_coefficient=0)
+    loop.train(make_config("", data=data, rows=64, sae=sae), bucket)
+    monkeypatch.setattr(evaluation, "load_subject", lambda name: subject)
+    settings = {"subject": "mine", "config": SMALL, "progress": False}
+    results = evaluation.evaluate_run(bucket, **settings)
+    files = Folder(bucket)
+    assert json.loads(files.read("evaluation.json")) == results
+    assert b"latent " in files.read("report.html")
+    computed = []
+    for metric in METRICS.values():
+        monkeypatch.setattr(metric, "compute", lambda *args: computed.append(args))
+    assert evaluation.evaluate_run(bucket, report=False, **settings) == results
+    assert not computed
+    out = evaluation.find_out(f"{bucket}/checkpoints/1")
+    assert Folder(out).url == f"{bucket}/evaluations/1"
+
+
+def test_what_is_wrong_with_a_bucket_is_told(bucket, undisturbed):  # noqa: F811
+    store, _, _ = undisturbed
+    with pytest.raises(FileNotFoundError, match="no such bucket: make it"):
+        loop.train(make_config(store), "s3://elsewhere/run")
+    with pytest.raises(FileNotFoundError, match="neither a run folder nor"):
+        run.load(bucket)
+    with pytest.raises(PermissionError, match="check the credentials"):
+        raise_plainly(Folder(bucket), ValueError("PERMISSION_DENIED: HTTP 403"))
