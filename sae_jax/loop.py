@@ -20,10 +20,10 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from sae_jax import checkpoint, files, interrupt, optim, processes, state
+from sae_jax import checkpoint, files, header, interrupt, optim, processes, resume
 from sae_jax import config as configs
 from sae_jax import mesh as meshes
-from sae_jax.checkpoint import Checkpoints, Meta
+from sae_jax.checkpoint import Checkpoints
 from sae_jax.config import TrainConfig
 from sae_jax.loader import Feed, StoreFeed, find_width
 from sae_jax.mirror import Mirror
@@ -31,42 +31,11 @@ from sae_jax.plan import choose_mesh
 from sae_jax.progress import Progress
 from sae_jax.resample import Resampling
 from sae_jax.run import CONFIG_FILE, METRICS_FILE
-from sae_jax.saes.topk import plan_choice
 from sae_jax.state import Setup, TrainState
 from sae_jax.step import Metrics, make_step, validate
 from sae_jax.store import Folder
 from sae_jax.stream import Stream
-from sae_jax.topk import Choice
 from sae_jax.writers import JsonLinesWriter, TensorBoardWriter, Writer, Writers
-
-_SAMPLE_ROWS = 8192  # enough for the median and the variance of a site
-_TOKEN = ".processes"
-
-# A resumed run may change these; any other difference would make it another run. More
-# rows make it longer, unless the learning rate falls towards the end.
-_MAY_CHANGE = (
-    "mesh",
-    "rows",
-    "log_every_steps",
-    "checkpoint_every_steps",
-    "checkpoints_kept",
-    "data.store",
-    "data.microbatch_rows",
-    "sae.exchange",
-)
-_PREFIXES = tuple(f"{name}." for name in _MAY_CHANGE)
-# Of what is set, a run's header has these already, or they are of no consequence.
-_NOT_TOLD = (
-    "mesh.",
-    "rows",
-    "log_every_steps",
-    "checkpoint",
-    "data.store",
-    "data.site",
-    "data.batch_rows",
-    "data.lanes",
-    "data.window_chunks",
-)
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -111,15 +80,15 @@ def train(
             files.make_writable(folder.path / checkpoint.FOLDER)
             checkpoint.check_space(folder.path, setup)
             stack.enter_context(files.lock_folder(folder.path))
-        _check_shared(folder)
+        resume.check_shared(folder)
         checkpoints = Checkpoints(workdir, config.checkpoints_kept)
         stack.callback(checkpoints.close)
-        start, train_state = _start_or_resume(setup, feed, checkpoints)
+        start, train_state = resume.start_or_resume(setup, feed, checkpoints)
         stack.enter_context(mirror)
         if processes.is_first():
             folder.write(CONFIG_FILE, configs.to_json(setup.config))
             mirror.fetch(METRICS_FILE)
-            print(_describe(config, setup, feed, start, why), file=sys.stderr)
+            print(header.describe(config, setup, feed, start, why), file=sys.stderr)
         writers = _open_writers(mirror.path, start, writer)
         stack.callback(writers.close)
         stack.callback(profile.close)
@@ -273,42 +242,6 @@ class _Profile:
             jax.profiler.stop_trace()
 
 
-def _describe(
-    config: TrainConfig, setup: Setup, feed: Feed, start: int, why: str = "as set"
-) -> str:
-    """What is trained, on what, where and for how long; below it what else is set."""
-    shape, sparsity = setup.mesh.shape, configs.sparsity(config.sae)
-    first = (
-        f"{config.sae.architecture}, {config.sae.n_latents:,} latents, "
-        f"{', '.join(f'{name} {value:g}' for name, value in sparsity.items())}, "
-        f"{feed}, "
-        f"mesh {shape[meshes.DATA]} x {shape[meshes.LATENT]} "
-        f"(data x latent, {why}), from step {start:,} to {config.n_steps:,} of "
-        f"{config.data.batch_rows:,} rows each"
-    )
-    if config.sae.architecture == "topk":
-        k = configs.most_chosen(config.sae)
-        choice = plan_choice(config.sae, setup.mesh, k)
-        first += f", {choice.recall:.2%} of the {k} largest expected {_tell(choice)}"
-    told = (
-        *_NOT_TOLD,
-        *(f"sae.{name} =" for name in ("architecture", "n_latents", *sparsity)),
-    )
-    changed = [f"{name} = {value!r}" for name, value in configs.changed(config).items()]
-    further = ", ".join(text for text in changed if not text.startswith(told))
-    lines = [first, feed.describe(), *([further] if further else [])]
-    return "\n".join(f"train: {line}" for line in lines)
-
-
-def _tell(choice: Choice) -> str:
-    """How K are chosen; where buckets do not pay, a choice by buckets is exact."""
-    if choice.n_buckets:
-        return f"by {choice.n_buckets} buckets of a latent shard"
-    if choice.method == "approx":
-        return "by approx_max_k"
-    return "by sorting"
-
-
 def _choose_mesh(config: TrainConfig) -> tuple[Mesh, str]:
     """The mesh over all devices, and why it is this one."""
     sae = config.sae
@@ -329,79 +262,6 @@ def _open_feed(config: TrainConfig, mesh: Mesh, workdir: Path) -> Feed:
     if config.stream.subject:
         return Stream(config, mesh, workdir)
     return StoreFeed(config.data, mesh, config.seed)
-
-
-def _check_shared(folder: Folder) -> None:
-    """ValueError unless what process 0 writes there is seen by all processes."""
-    if jax.process_count() == 1:
-        return
-    number = int(processes.from_first(time.time_ns() % 2**31))
-    if processes.is_first():
-        folder.write(_TOKEN, str(number))
-    processes.wait_for_all("token")
-    is_seen = folder.read(_TOKEN) == str(number).encode()
-    processes.wait_for_all("seen")
-    if not is_seen:
-        raise ValueError(
-            f"{str(folder)!r} of process 0 is not the one of process "
-            f"{jax.process_index()}: give a folder that all processes share, or gs:// "
-            "or s3://"
-        )
-    if processes.is_first():
-        folder.delete(_TOKEN)
-
-
-def _start_or_resume(
-    setup: Setup, feed: Feed, checkpoints: Checkpoints
-) -> tuple[int, TrainState]:
-    """The number of steps done, and the state after them."""
-    step = checkpoints.latest_step
-    processes.check_same(
-        config=configs.to_json(setup.config),
-        store=setup.store_identity,
-        checkpoint=step,
-    )
-    if step is None:
-        processes.note("the first state")
-        return 0, state.create(setup, feed.sample(_SAMPLE_ROWS, setup.config.seed))
-    processes.note(f"reading the checkpoint of step {step}")
-    path = checkpoints.name(step)
-    _refuse_another_run(checkpoints.meta(step), setup, path)
-    return step, checkpoints.restore(step, setup)
-
-
-def _refuse_another_run(meta: Meta, setup: Setup, path: str) -> None:
-    """ValueError if the checkpoint is of a run that `setup` does not go on with."""
-    was, now = dataclasses.asdict(meta.config), dataclasses.asdict(setup.config)
-    for name, old, new in _differences(was, now):
-        depends_on_end = name == "rows" and setup.config.optimizer.decay_rows
-        if depends_on_end or not f"{name}.".startswith(_PREFIXES):
-            raise ValueError(
-                f"{path}: this run has {name} = {old!r}, now {new!r} is asked: "
-                "resume with the same config, or choose another workdir; only "
-                f"{', '.join(_MAY_CHANGE)} may change"
-            )
-    if meta.store_identity != setup.store_identity:
-        raise ValueError(
-            f"{path}: this run was trained on another store than the one that is now "
-            f"at {setup.config.data.store}: give that store, or another workdir"
-        )
-    if meta.step > setup.config.n_steps:
-        raise ValueError(
-            f"{path}: this run has done {meta.step} steps, rows = {setup.config.rows} "
-            f"are {setup.config.n_steps}: raise rows, or choose another workdir"
-        )
-
-
-def _differences(old: dict, new: dict, prefix: str = "") -> list[tuple]:
-    found = []
-    for name in sorted(old.keys() | new.keys()):
-        was, now = old.get(name), new.get(name)
-        if isinstance(was, dict) and isinstance(now, dict):
-            found += _differences(was, now, f"{prefix}{name}.")
-        elif was != now:
-            found.append((prefix + name, was, now))
-    return found
 
 
 def _open_writers(path: Path, start: int, extra: Writer | None) -> Writers:

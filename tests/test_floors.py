@@ -40,7 +40,7 @@ FLOORS = (
     ("state", "formats", "readout", "harvest", "stream", "diagnostics"),
     ("gradients", "bucket", "checkpoint", "resample"),
     ("step",),
-    ("run", "loop", "evals", "baselines", "plan"),
+    ("run", "header", "resume", "loop", "evals", "baselines", "plan"),
     (
         "viewer",
         "plots",

@@ -14,7 +14,7 @@ import pytest
 import synthetic
 from synthetic import Killed, KillAt
 
-from sae_jax import files, loop, run, writers
+from sae_jax import files, header, loop, run, writers
 from sae_jax.checkpoint import Checkpoints
 from sae_jax.config import (
     DataConfig,
@@ -84,7 +84,7 @@ def test_a_penalised_run_names_its_penalty(planted_store):
     config = TrainConfig(sae, data=DataConfig(store=str(planted_store), lanes=4))
     setup = synthetic.make_setup(config, make_mesh(ONE), open_store(planted_store))
     feed = StoreFeed(config.data, setup.mesh, 0)
-    text = loop._describe(config, setup, feed, 7)
+    text = header.describe(config, setup, feed, 7)
     assert "jumprelu, 128 latents, sparsity_coefficient 0.5, target_l0 4, " in text
     first, mixing = text.splitlines()
     assert "from step 7 to " in first and "a batch of 2,048 rows" in mixing
