@@ -80,6 +80,7 @@ CASES = {
     ),
     "shards that are not two to a power": (
         "train --config=good.py --workdir=out --cpu_devices=3 --config.sae.n_latents=96"
+        " --config.mesh.data=1"
         " --config.sae.exchange=tree",
         "mesh.latent = 3 is not a power of two",
     ),
