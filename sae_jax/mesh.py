@@ -87,8 +87,8 @@ def param_spec(name: str) -> PartitionSpec:
 
 def optimizer_spec(name: str) -> PartitionSpec:
     """The same over both axes, for what only an update of the parameters reads."""
-    first, *others = param_spec(name) or (None,)
-    return PartitionSpec((LATENT, DATA) if first else None, *others)
+    spec = param_spec(name)
+    return PartitionSpec((LATENT, DATA), *spec[1:]) if LATENT in spec else spec
 
 
 def is_spread(name: str) -> bool:

@@ -8,6 +8,7 @@ they were called too, and gcloud and srun run what they are given, here.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -163,15 +164,20 @@ class Stage:
         self, launcher: str, *arguments: object, under: tuple[str, ...] = ()
     ) -> subprocess.Popen:
         script = self.root / "launch" / f"{launcher}.py"
-        return subprocess.Popen(
-            [*under, self.bin / "python", script, *map(str, arguments)],
-            env=self.environment,
-            cwd=self.folder,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        # Where tests run in the background SIGINT is ignored, and launchers heed that.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return subprocess.Popen(
+                [*under, self.bin / "python", script, *map(str, arguments)],
+                env=self.environment,
+                cwd=self.folder,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def run(self, launcher: str, *arguments: object) -> subprocess.CompletedProcess:
         process = self.start(launcher, *arguments)

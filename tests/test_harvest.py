@@ -348,7 +348,7 @@ def test_each_file_of_text_gives_the_first_process_more_time(
     monkeypatch.setattr(module, "choose_manifest", choose_manifest)
     timeout = pytest.raises(TimeoutError, match="for 10 s")
     with contextlib.nullcontext() if packs else timeout:
-        assert module._wait_for_text(Folder(tmp_path), None, 10, False).is_packed
+        assert module.wait_for_text(Folder(tmp_path), None, 10, False).is_packed
     assert 45 <= now <= 51
 
 

@@ -13,10 +13,10 @@ from sae_jax.config import DataConfig
 class Text:
     """What of a store tells its text: documents of many lengths, one after another."""
 
-    dtype = "bfloat16"
+    dtype, is_local = "bfloat16", True
 
     def __init__(self, n_chunks, rows_per_chunk, context_length, document_rows):
-        self.path, self.context_length = "text", context_length
+        self.path, self.context_length = f"text-{id(self)}", context_length
         self.manifest = SimpleNamespace(rows_per_chunk=rows_per_chunk)
         self._n_rows = n_chunks * rows_per_chunk
         rng = np.random.default_rng(0)
