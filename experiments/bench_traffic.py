@@ -12,6 +12,8 @@ minutes. Each figure is of the results that one device gets in one step, in byte
                      main loss, and again of AuxK if any latent is dead
     bias gradient    of their biases, likewise
     firing           which of them fired, likewise
+    parameters       new ones, whole to each of the data shards that share the optimizer
+    biases           likewise
     counts           of AuxK, which counts its candidates instead of moving them
     AuxK's           reconstruction, by tiles of rows
     beside           all else: allowed are eight vectors of D and 64 scalars
@@ -23,16 +25,14 @@ by which shards find the K best of all in each exchange, AuxK being off.
 
 In MB at the CPU's default shape (jax 0.10.2); nothing is above what is allowed:
 
-| mesh | candidates: gather | tree | count | reconstructions | gradients | AuxK counts |
-|---|---|---|---|---|---|---|
-| 1x8 | 8.4 | 3.4 | 1.9 | 50.3 | 0.0 | 0.5 |
-| 2x4 | 2.1 | 1.1 | 0.9 | 25.2 | 100.7 | 0.2 |
-| 8x1 | 0.0 | 0.0 | 0.0 | 0.0 | 402.7 | 0.0 |
+| mesh | candidates: gather | tree | count | x̂ | gradients | parameters | AuxK counts |
+|---|---|---|---|---|---|---|---|
+| 1x8 | 8.4 | 3.4 | 1.9 | 50.3 | 0.0 | 0.0 | 0.5 |
+| 2x4 | 2.1 | 1.1 | 0.9 | 25.2 | 100.7 | 50.3 | 0.2 |
+| 8x1 | 0.0 | 0.0 | 0.0 | 0.0 | 402.7 | 201.3 | 0.0 |
 """
 
 import itertools
-import math
-import re
 from collections import Counter
 from collections.abc import Iterator
 
@@ -40,13 +40,10 @@ import jax
 from timing import Figures, Shape, compile_step, start
 
 from sae_jax.config.sae import EXCHANGES
+from sae_jax.plan.program import Moved, moved
 
 MESHES = ((1, 8), (2, 4), (8, 1))
 N_DEVICES = 8
-
-_KINDS = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-_CALLS = r"(?:body|condition|calls|to_apply|\w+_computations?)=(\{.*?\}|%?[\w.\-]+)"
-_COUNTED = r'"known_trip_count":\{"n":"(\d+)"'
 
 Array = tuple[str, str, int]  # the collective it comes from, its type and elements
 
@@ -57,21 +54,22 @@ def measure(shape: Shape, repeats: int) -> Iterator[Figures]:
     for mesh_shape in MESHES:
         allowed = _allow(shape, *mesh_shape)
         names = {array: name for name, (array, n) in allowed.items() if n}
-        arrays, moved, in_loops = Counter[str](), Counter[str](), Counter[str]()
+        arrays, n_bytes, in_loops = Counter[str](), Counter[str](), Counter[str]()
         compiled = compile_step(shape, mesh_shape, aux_coefficient=1 / 32)
-        for array, times in _collectives(compiled.as_text()):
-            name = names.get(array, _name(shape, array, times))
-            arrays[name] += times or 1
-            moved[name] += (times or 1) * _bytes(array)
-            in_loops[name] += 0 if times else _bytes(array)
-        most = {name: n * _bytes(array) for name, (array, n) in allowed.items()}
-        most |= {"beside": 4 * (8 * shape.d_model + 64)}
+        for one in moved(compiled.as_text()):
+            name = names.get((one.kind, one.dtype, one.n_elements), _name(shape, one))
+            arrays[name] += one.times or 1
+            n_bytes[name] += (one.times or 1) * one.n_bytes
+            in_loops[name] += 0 if one.times else one.n_bytes
+        most = {"beside": 4 * (8 * shape.d_model + 64)} | {
+            name: n * Moved(*array, 1).n_bytes for name, (array, n) in allowed.items()
+        }
         for name in (*allowed, "counts", "AuxK's", "beside"):
             yield {
                 "mesh": "x".join(map(str, mesh_shape)),
                 "what": name,
                 "arrays": arrays[name],
-                "bytes": moved[name],
+                "bytes": n_bytes[name],
                 "in_loops": in_loops[name],
                 "allowed": most.get(name),
             }
@@ -84,27 +82,28 @@ def _measure_exchange(
 ) -> Figures:
     compiled = compile_step(shape, mesh_shape, exchange=exchange)
     own = shape.latents // mesh_shape[1]
+    elsewhere = (1, own, own * shape.d_model)  # what fired; parameters and gradients
     found = [
-        (_bytes(array) * (times or 1), times or 1)
-        for array, times in _collectives(compiled.as_text())
-        # Candidates and counts; which latents fired is s32 too.
-        if array[0] != "all-reduce" or (array[1] == "s32" and array[2] not in (1, own))
+        one
+        for one in moved(compiled.as_text())
+        if one.n_elements not in elsewhere
+        and (one.kind != "all-reduce" or one.dtype == "s32")
     ]
     return {
         "mesh": "x".join(map(str, mesh_shape)),
         "what": f"by {exchange}",
-        "arrays": sum(times for _, times in found),
-        "bytes": sum(size for size, _ in found),
+        "arrays": sum(one.times or 1 for one in found),
+        "bytes": sum(one.n_bytes * (one.times or 1) for one in found),
         "in_loops": 0,
         "allowed": None,
     }
 
 
-def _name(shape: Shape, array: Array, times: int | None) -> str:
+def _name(shape: Shape, one: Moved) -> str:
     """Of an array that is in no fixed place."""
-    if array[1] == "s32" and array[2] > 1:
+    if one.dtype == "s32" and one.n_elements > 1:
         return "counts"
-    return "beside" if times or array[2] <= shape.d_model else "AuxK's"
+    return "beside" if one.times or one.n_elements <= shape.d_model else "AuxK's"
 
 
 def _allow(shape: Shape, n_data: int, n_latent: int) -> dict[str, tuple[Array, int]]:
@@ -119,62 +118,9 @@ def _allow(shape: Shape, n_data: int, n_latent: int) -> dict[str, tuple[Array, i
         "gradients": (("all-reduce", "f32", own * d_model), 4 * over_data),
         "bias gradient": (("all-reduce", "f32", own), 2 * over_data),
         "firing": (("all-reduce", "s32", own), over_data),
+        "parameters": (("all-gather", "f32", own * d_model), 2 * over_data),
+        "biases": (("all-gather", "f32", own), over_data),
     }
-
-
-def _collectives(program: str) -> Iterator[tuple[Array, int | None]]:
-    """The results of collectives among devices, and how many times they come.
-
-    None: in a loop whose length only the device knows.
-    """
-    bodies: dict[str, list[str]] = {}
-    for line in program.splitlines():
-        header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-        if header:
-            body = bodies.setdefault("ENTRY" if header[1] else header[2], [])
-        elif bodies:
-            body.append(line)
-
-    def walk(name: str, times: int | None) -> Iterator[tuple[Array, int | None]]:
-        for line in bodies[name]:
-            for array in _moved(line):
-                yield array, times
-            inside = times
-            if " while(" in line:
-                counted = re.search(_COUNTED, line)
-                inside = times * int(counted[1]) if counted and times else None
-            for called in re.findall(r"[\w.\-]+", " ".join(re.findall(_CALLS, line))):
-                if called in bodies:
-                    yield from walk(called, inside)
-
-    return walk("ENTRY", 1)
-
-
-def _moved(line: str) -> Iterator[Array]:
-    match = re.search(rf"= (.*?) ({_KINDS})(?:-start)?\(", line)
-    if match and _n_together(line) > 1:
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1]):
-            yield match[2], dtype, math.prod(int(n) for n in dims.split(",") if n)
-
-
-def _n_together(line: str) -> int:
-    """The devices of one group, in pairs, listed, counted, or as axes of a mesh."""
-    if "source_target_pairs=" in line:
-        return 2
-    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return match[1].count(",") + 1
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        return int(match[1])
-    pattern = r"replica_groups=mesh\[(.*?)\].*? \{(.*?)\}"
-    mesh, axes = re.findall(pattern, line)[0]
-    sizes = dict(re.findall(r"('\w+')=(\d+)", mesh))
-    return math.prod(int(sizes[axis]) for axis in axes.split(","))
-
-
-def _bytes(array: Array) -> int:
-    _, dtype, size = array
-    n_bits = re.search(r"\d+", dtype)
-    return size * (int(n_bits[0]) // 8 if n_bits else 1)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ CASES = list(
 def test_the_rule_takes_the_fastest_mesh_that_fits(size, rows, name):
     config = make_config(rows, n_latents=size[0], d_model=size[1], k=16)
     where = parse(name)
-    best = rule.choose(config, where)
+    best = rule.choose(config, where)[0]
     n_data, n_latent = best.shape
     assert refusal(best.step) is None and n_data * n_latent <= where.n_devices
     available = where.chip.hbm_bytes / where.chip.devices
@@ -186,13 +186,13 @@ def test_small_dictionaries_shard_data_and_large_ones_latents():
     where = parse("gpu:8xh200")
     small = make_config(2**20, n_latents=8192, d_model=768)
     large = make_config(8192, n_latents=2**20, d_model=4096)
-    assert rule.choose(small, where).shape == (8, 1)
-    assert rule.choose(large, where).shape == (1, 8)
+    assert rule.choose(small, where)[0].shape == (8, 1)
+    assert rule.choose(large, where)[0].shape == (1, 8)
 
 
 def test_a_mesh_that_is_set_stays_and_its_open_part_is_chosen():
     config = make_config(mesh=MeshConfig(data=2))
-    assert rule.choose(config, parse("cpu:8")).shape == (2, 4)
+    assert rule.choose(config, parse("cpu:8"))[0].shape == (2, 4)
     assert plan.choose_mesh(config, 8, "cpu") == (config.mesh, "as set")
     config = make_config(mesh=MeshConfig(latent=2))
     assert plan.choose_mesh(config, 8, "cpu")[0] == MeshConfig(4, 2)
@@ -222,7 +222,7 @@ def test_processes_that_load_apart_have_lanes_each():
 def test_limits_fit_and_twice_as_much_does_not():
     where = parse("tpu:v5e-16")
     config = make_config(65_536, n_latents=2**18, d_model=4096, k=32)
-    step = rule.choose(config, where).step
+    step = rule.choose(config, where)[0].step
     rows = limits.largest_batch(step, where)
 
     def peak(batch):
@@ -239,8 +239,8 @@ def test_the_smallest_topology_that_fits_is_named():
     assert not found.fits and found.smallest is not None
     sold = [one.name for one in limits.topology.larger(parse("tpu:v5e-1"))]
     before = sold[sold.index(found.smallest.name) - 1]
-    assert rule.choose(config, found.smallest).fits
-    assert not rule.choose(config, parse(before)).fits
+    assert rule.choose(config, found.smallest)[0].fits
+    assert not rule.choose(config, parse(before))[0].fits
     text = plan.format_plan(found)
     assert f"smallest topology that does: {found.smallest.name}" in text
     huge = make_config(8192, n_latents=2**30, d_model=16_384, k=32)

@@ -45,7 +45,7 @@ class Compiled:
     fits: bool
     argument_bytes: int | None = None  # state and rows; None where it does not fit
     flops: float | None = None  # what is in a loop counted once
-    moved: tuple[dict[str, Any], ...] = ()  # `program.Moved`
+    moved: tuple[dict[str, Any], ...] = ()  # `program.Moved`, and its bytes
 
 
 def why_not(topology: Topology) -> str | None:
@@ -121,7 +121,10 @@ def compile_on(config: TrainConfig, mesh: Mesh) -> Compiled:
         True,
         memory.argument_size_in_bytes,
         (compiled.cost_analysis() or {}).get("flops"),
-        tuple(map(dataclasses.asdict, program.moved(compiled.as_text()))),
+        tuple(
+            dataclasses.asdict(one) | {"n_bytes": one.n_bytes}
+            for one in program.moved(compiled.as_text())
+        ),
     )
 
 

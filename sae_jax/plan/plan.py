@@ -7,7 +7,7 @@ from sae_jax.config import TrainConfig
 from sae_jax.plan import limits, memory, traffic
 from sae_jax.plan.compiler import Compiled, compile_step, why_not
 from sae_jax.plan.estimate import DEAD, Estimate, estimate, rows_per_day
-from sae_jax.plan.rule import Option, choose, explain, options
+from sae_jax.plan.rule import Option, choose, explain
 from sae_jax.plan.topology import Topology
 
 EFFICIENCY = 0.5  # of the published figures; assumed
@@ -110,7 +110,8 @@ def make_plan(
     """
     if config.sae.d_model is None:
         raise ValueError("sae.d_model is not set: say how wide rows are")
-    chosen, found = choose(config, topology), options(config, topology)
+    found = choose(config, topology)
+    chosen, *others = found
     reason = why_not(topology) if is_compiled else "not asked to"
     compiled = None if reason else compile_step(config, topology, chosen.shape)
     fits = compiled.fits if compiled else chosen.fits
@@ -119,7 +120,7 @@ def make_plan(
         config=config,
         topology=topology,
         best=chosen,
-        others=found[1:],
+        others=others,
         why="as asked" if config.mesh.data else explain(found),
         compiled=compiled,
         why_not_compiled=reason,

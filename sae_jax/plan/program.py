@@ -17,15 +17,21 @@ _BITS = re.compile(r"\d+")
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """The arrays of one collective's result."""
+    """An array that a collective gives."""
 
     kind: str
-    n_bytes: int
+    dtype: str
+    n_elements: int
     times: int | None  # None: in a loop of unknown length
+
+    @property
+    def n_bytes(self) -> int:
+        bits = _BITS.search(self.dtype)
+        return self.n_elements * (max(1, int(bits[0]) // 8) if bits else 1)
 
 
 def moved(program: str) -> list[Moved]:
-    """Each collective among two devices or more."""
+    """Each array of each collective among two devices or more."""
     bodies: dict[str, list[str]] = {}
     body: list[str] = []
     for line in program.splitlines():
@@ -43,7 +49,9 @@ def _walk(
     for line in bodies[name]:
         match = re.search(rf"= (.*?) ({_KINDS})(?:-start)?\(", line)
         if match and _n_together(line) > 1:
-            yield Moved(match[2], _bytes(match[1]), times)
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1]):
+                n_elements = math.prod(int(n) for n in dims.split(",") if n)
+                yield Moved(match[2], dtype, n_elements, times)
         inside = times
         if " while(" in line:
             counted = re.search(_COUNTED, line)
@@ -51,15 +59,6 @@ def _walk(
         for called in re.findall(r"[\w.\-]+", " ".join(re.findall(_CALLS, line))):
             if called in bodies:
                 yield from _walk(bodies, called, inside)
-
-
-def _bytes(shapes: str) -> int:
-    total = 0
-    for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-        bits = _BITS.search(dtype)
-        size = math.prod(int(n) for n in dims.split(",") if n)
-        total += size * (max(1, int(bits[0]) // 8) if bits else 1)
-    return total
 
 
 def _n_together(line: str) -> int:

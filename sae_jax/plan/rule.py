@@ -55,11 +55,11 @@ def options(config: TrainConfig, topology: Topology) -> list[Option]:
     return []
 
 
-def choose(config: TrainConfig, topology: Topology) -> Option:
-    """The best of `options`; ValueError, one line, where a run would refuse all."""
+def choose(config: TrainConfig, topology: Topology) -> list[Option]:
+    """`options`; ValueError, one line, where there is none that a run would accept."""
     found = options(config, topology)
     if found:
-        return found[0]
+        return found
     n_devices, mesh = topology.n_devices, config.mesh
     n_data = mesh.data or 1
     n_latent = mesh.latent or max(1, n_devices // n_data)
