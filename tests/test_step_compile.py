@@ -75,9 +75,11 @@ def test_platform_is_that_of_the_mesh(compiled):
 
 def test_nothing_of_rows_by_latents_is_held(compiled):
     topology, told = compiled
-    own = LATENTS // MESHES[topology][1]
+    n_data, n_latent = MESHES[topology]
+    own = LATENTS // n_latent
     large = {tuple(shape) for shape in told["shapes"] if _size(shape) > TILE}
-    assert large == {(own, WIDTH)}
+    # Parameters and gradients; a data shard's part of averages and moments.
+    assert large == {(own, WIDTH), (own // n_data, WIDTH)}
 
 
 def test_memory_is_that_of_parameters(compiled):
