@@ -26,7 +26,8 @@ def make_mesh(config: MeshConfig | None = None, n_latents: int | None = None) ->
     `n_latents` is given, as many of them as divide it.
 
     Raises:
-        ValueError: the devices do not divide as the config says.
+        ValueError: the devices do not divide as the config says, or a process of
+            several has none of those taken.
     """
     config = config or MeshConfig()
     n_devices, n_data = len(jax.devices()), config.data or 1
@@ -41,7 +42,15 @@ def make_mesh(config: MeshConfig | None = None, n_latents: int | None = None) ->
             f"fit {n_devices} device(s); their product must be at most, and mesh.data "
             "must divide, the number of devices"
         )
-    return mesh_of((n_data, n_latent), jax.devices()[: n_data * n_latent])
+    taken = jax.devices()[: n_data * n_latent]
+    n_idle = jax.process_count() - len({device.process_index for device in taken})
+    if n_idle:
+        raise ValueError(
+            f"a mesh of mesh.data = {n_data} by mesh.latent = {n_latent} leaves "
+            f"{n_idle} of {jax.process_count()} processes without a device: let it "
+            f"take all {n_devices} devices, or start fewer processes"
+        )
+    return mesh_of((n_data, n_latent), taken)
 
 
 def make_local_mesh(n_latent: int = 1) -> Mesh:

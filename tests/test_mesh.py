@@ -1,5 +1,6 @@
 """Meshes: shapes, and the error where devices do not fit."""
 
+import jax
 import pytest
 
 from sae_jax import mesh as meshes
@@ -26,3 +27,9 @@ def test_a_mesh_may_leave_devices_out():
 def test_a_mesh_that_does_not_fit_is_refused(shape):
     with pytest.raises(ValueError, match=r"mesh.data = \d+ by .* 8 device"):
         meshes.make_mesh(MeshConfig(*shape))
+
+
+def test_a_process_without_a_device_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(ValueError, match="leaves 3 of 4 processes without a device"):
+        meshes.make_mesh(MeshConfig(data=1, latent=4))
