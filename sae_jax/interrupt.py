@@ -14,11 +14,9 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from sae_jax.exits import Preempted
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Preempted(Exception):
-    """SIGTERM came, as when a machine is taken back; the state is saved."""
 
 
 class Stop:

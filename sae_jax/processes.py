@@ -5,7 +5,6 @@ span them all. Process 0 alone writes and tells.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import time
@@ -20,54 +19,12 @@ import numpy as np
 from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
-from sae_jax.interrupt import Preempted
-from sae_jax.watch import FAILED, PEER_LOST, Watch
+from sae_jax.config import Cluster
+from sae_jax.exits import FAILED, MET_PIPE, PEER_LOST, PeerLost, Preempted
+from sae_jax.watch import Watch
 
-# The number of an open pipe on which a process says that it met the others, as what.
-MET_PIPE = "SAE_JAX_MET_PIPE"
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 _MEETING_MSECS = 24 * 3600 * 1000
-
-
-class PeerLost(Exception):
-    """Another process of the run is gone."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-    """Where the processes of a run meet.
-
-    What is None is found by jax: on Cloud TPU, GKE, Slurm and under Open MPI.
-    """
-
-    coordinator: str | None = None  # HOST:PORT of process 0
-    n_processes: int | None = None
-    process: int | None = None  # which of them this is, from 0
-    start_timeout_secs: int = 300  # until all have come
-    peer_timeout_secs: float = 60
-    stall_timeout_secs: float = 1800
-
-    def __post_init__(self) -> None:
-        n, process = self.n_processes, self.process
-        if (n is None) != (process is None) or (n is None) != (not self.coordinator):
-            raise ValueError(
-                f"coordinator = {self.coordinator}, n_processes = {n}, process = "
-                f"{process}: give all three, or none of them to have them found"
-            )
-        if self.coordinator and not self.coordinator.rpartition(":")[2].isdigit():
-            raise ValueError(
-                f"coordinator = {self.coordinator!r}: give HOST:PORT of process 0, as "
-                "10.0.0.2:8476"
-            )
-        if n is not None and process is not None and not 0 <= process < n:
-            raise ValueError(
-                f"process = {process} of n_processes = {n}: the first is 0, the last "
-                f"{n - 1}"
-            )
-        for name in ("start", "peer", "stall"):
-            secs = getattr(self, f"{name}_timeout_secs")
-            if secs <= 0:
-                raise ValueError(f"{name}_timeout_secs = {secs}: must be above 0")
 
 
 @contextlib.contextmanager
@@ -182,14 +139,20 @@ def _part(watch: Watch) -> None:
 
 def _leave(watch: Watch, error: BaseException, peer_timeout_secs: float) -> None:
     message = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if not isinstance(error, jax.errors.JaxRuntimeError) or _OUT_OF_MEMORY in message:
+    if _is_of_devices(error) or _is_of_devices(error.__cause__):
+        # A peer that dies breaks what all do together, and saves. The watch finds out
+        # who it was, and ends this process.
+        time.sleep(peer_timeout_secs + 3 * watch.beat_secs)
+    if not _is_of_devices(error):
         watch.leave(FAILED, message)
         return
-    # A peer that dies breaks what all do together. The watch finds out who it was, and
-    # ends this process.
-    time.sleep(peer_timeout_secs + 3 * watch.beat_secs)
     watch.leave(PEER_LOST, message)
     raise PeerLost(f"what all processes do together broke: {message}") from error
+
+
+def _is_of_devices(error: BaseException | None) -> bool:
+    is_jaxs = isinstance(error, jax.errors.JaxRuntimeError)
+    return is_jaxs and _OUT_OF_MEMORY not in str(error)
 
 
 def _tell_supervisor() -> None:

@@ -25,13 +25,10 @@ from typing import Any
 
 import jax
 
-FAILED = 1
-PEER_LOST = 76
-# The id of the process that started this one to wait for it, if one did.
-SUPERVISOR = "SAE_JAX_SUPERVISOR"
+from sae_jax.exits import AGAIN, PEER_LOST, SUPERVISOR
+
 _FOLDER = "sae_jax/processes"
 _MOST_BEAT_SECS = 5.0
-AGAIN = "run the same command again to go on from the last checkpoint"
 
 
 class Watch:

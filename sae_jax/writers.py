@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import tensorboardX
-
 from sae_jax.files import write_whole
 
 Scalars = Mapping[str, float]
@@ -45,6 +43,8 @@ class TensorBoardWriter:
     """Event files that `tensorboard --logdir` shows."""
 
     def __init__(self, directory: str | Path, start_step: int = 0):
+        import tensorboardX  # takes seconds: it brings every cloud's client
+
         # The queue has no end: when the disk is full its reader dies, and a run that
         # waits for room in it would wait for ever.
         self._writer = tensorboardX.SummaryWriter(

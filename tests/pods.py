@@ -1,5 +1,6 @@
 """Runs of several processes on this machine, by the command `sae-jax train`."""
 
+import importlib
 import os
 import socket
 import subprocess
@@ -8,12 +9,13 @@ import time
 from pathlib import Path
 
 import sae_jax
+from sae_jax.config import to_json
 
 _CONFIG = """
-import {module}
+from sae_jax import config
 
 def get_config():
-    return {module}.make_config({data!r}, rows={rows})
+    return config.from_json(config.TrainConfig, {text!r}, "a test")
 """
 _COMMAND = (sys.executable, "-c", "from sae_jax.cli import run; run()", "train")
 _LIMIT_SECS = 180
@@ -37,8 +39,8 @@ class Pod:
         """The config is `make_config(data)` of the module. `missing` are not started;
         the last one has `own_arguments` as well."""
         config = workdir.parent / f"{workdir.name}.py"
-        text = _CONFIG.format(module=module, data=str(data), rows=rows)
-        config.write_text(text)
+        made = importlib.import_module(module).make_config(str(data), rows=rows)
+        config.write_text(_CONFIG.format(text=to_json(made)))
         self.workdir, self.n_processes = workdir, n_processes
         common = [
             *_COMMAND,

@@ -105,7 +105,8 @@ def test_kills_while_saving_lose_and_mix_nothing(
             for victim in victims:
                 pod.send(victim, signal.SIGKILL)
             codes = pod.wait()
-            assert set(codes) <= {-signal.SIGKILL, 76}, codes
+            told = pod.tell(0) + pod.tell(1)
+            assert set(codes) <= {-signal.SIGKILL, 76}, (codes, told)
         torn += bool(find_unfinished(workdir))
         steps = find_steps(workdir)
         for step in [step for step in steps if step > last]:

@@ -15,7 +15,16 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "sae_jax"
 FLOORS = (
-    ("config", "files", "writers", "progress", "interrupt", "watch", "processes"),
+    (
+        "config",
+        "files",
+        "writers",
+        "progress",
+        "exits",
+        "interrupt",
+        "watch",
+        "processes",
+    ),
     (
         "mesh",
         "store",
@@ -181,3 +190,20 @@ def test_importing_starts_no_backend_and_defines_no_flag():
         cwd=PACKAGE.parent,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
+
+
+def test_a_process_that_only_waits_imports_no_jax():
+    """One waits for each process of a pod: jax would take 0.2 GB of its host."""
+    program = "import sae_jax.cli.train, sys; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=PACKAGE.parent)
+
+
+def test_every_public_name_is_there():
+    import sae_jax
+
+    assert {getattr(sae_jax, name).__name__ for name in sae_jax.__all__} == {
+        *sae_jax.__all__
+    }
+    assert set(sae_jax.__all__) <= set(dir(sae_jax))
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        sae_jax.lode

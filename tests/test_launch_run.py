@@ -11,13 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import synthetic
 from launching import LAUNCH
 from test_processes import leaves, read_metrics, read_state
 
-CONFIG = """import synthetic
+from sae_jax.config import to_json
+
+CONFIG = """
+from sae_jax import config
 
 def get_config():
-    return synthetic.make_config({store!r}, rows={n_steps} * 64)
+    return config.from_json(config.TrainConfig, {text!r}, "a test")
 """
 TRAIN = [sys.executable, "-c", "from sae_jax.cli import run; run()", "train"]
 
@@ -27,7 +31,8 @@ class Launched:
 
     def __init__(self, folder: Path, store: Path, n_steps: int):
         folder.mkdir()
-        (folder / "c.py").write_text(CONFIG.format(store=str(store), n_steps=n_steps))
+        config = synthetic.make_config(store, rows=n_steps * 64)
+        (folder / "c.py").write_text(CONFIG.format(text=to_json(config)))
         self.workdir = folder / "run"
         self._out, self._err = folder / "out", folder / "err"
         paths = os.pathsep.join(filter(None, sys.path))

@@ -23,7 +23,7 @@ from sae_jax.config import (
     SaeConfig,
     TrainConfig,
 )
-from sae_jax.interrupt import Preempted
+from sae_jax.exits import Preempted
 from sae_jax.loader import StoreFeed
 from sae_jax.mesh import make_mesh
 from sae_jax.store import open_store

@@ -11,9 +11,8 @@ import test_stream
 
 from sae_jax import files, loop, processes, writers
 from sae_jax.checkpoint import Checkpoints
-from sae_jax.config import MeshConfig
+from sae_jax.config import Cluster, MeshConfig
 from sae_jax.mesh import make_mesh
-from sae_jax.processes import Cluster
 
 text_file = test_stream.text_file
 
@@ -93,7 +92,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(
         pod.wait_for_step(10)
         pod.send(1, signal.SIGKILL)
         assert pod.wait() == [PEER_LOST, -signal.SIGKILL], pod.tell(0)
-        assert "process 0: process 1 (" in pod.last_line(0)
+        assert "process 0: process 1 (" in pod.last_line(0), pod.tell(0)
         assert "it was killed, or its machine hangs" in pod.last_line(0)
     with pods.Pod(workdir, planted_store, 2, 4, *QUICK) as pod:
         assert pod.wait() == [0, 0], pod.tell(0)

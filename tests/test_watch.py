@@ -7,7 +7,8 @@ import time
 import pytest
 
 from sae_jax import watch
-from sae_jax.watch import FAILED, PEER_LOST, Watch
+from sae_jax.exits import FAILED, PEER_LOST
+from sae_jax.watch import Watch
 
 
 pytestmark = pytest.mark.filterwarnings(  # see `ends`

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from absl import app
 
+from sae_jax import exits
 from sae_jax.cli import errors
 from sae_jax.config import nearest_name
 
@@ -33,14 +34,14 @@ def run() -> None:
     try:
         main()
     except SystemExit as stop:
-        if stop.code in (errors.STOPPED, errors.PREEMPTED) or _is_joined():
+        if stop.code in (exits.STOPPED, exits.PREEMPTED) or _is_joined():
             _end(int(stop.code or 0))
         raise
     except Exception:
         if not _is_joined():
             raise
         traceback.print_exc()
-        _end(errors.FAILED)
+        _end(exits.FAILED)
 
 
 def _is_joined() -> bool:
@@ -57,7 +58,7 @@ def _end(code: int) -> NoReturn:
 
 
 def main() -> None:
-    """Runs `sae-jax COMMAND ...`; see `errors` for its exit codes."""
+    """Runs `sae-jax COMMAND ...`; see `sae_jax.exits` for its exit codes."""
     # Read at the first device query: with fewer threads than virtual CPU devices, a
     # collective among them can deadlock.
     os.environ.setdefault("NPROC", "32")

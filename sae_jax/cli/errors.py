@@ -11,14 +11,9 @@ from collections.abc import Iterator
 
 from absl import flags
 
+from sae_jax import exits
 from sae_jax.config import TrainConfig, settings_of
-from sae_jax.interrupt import Preempted
-from sae_jax.processes import PeerLost
-from sae_jax.watch import FAILED, PEER_LOST
 
-_MISUSED = 2
-STOPPED = 130  # as a shell tells of a process that SIGINT ended
-PREEMPTED = 75  # SIGTERM came and the state is saved: the same command goes on
 _OVERRIDE = re.compile(r"--?config\.([^=]+)")
 _UNKNOWN_KEYWORD = re.compile(r"unexpected keyword argument '(\w+)'")
 _BAD_NUMBER = re.compile(r"(?:invalid literal|could not convert).*?('[^']*')")
@@ -37,8 +32,8 @@ _EXPECTED = (
     OSError,
     FloatingPointError,
     KeyboardInterrupt,
-    Preempted,
-    PeerLost,
+    exits.Preempted,
+    exits.PeerLost,
 )
 
 
@@ -90,12 +85,13 @@ def _message(error: BaseException) -> str:
 
 def _status(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
-        return STOPPED
-    if isinstance(error, Preempted):
-        return PREEMPTED
-    if isinstance(error, PeerLost):
-        return PEER_LOST
-    return _MISUSED if isinstance(error, Misuse | flags.Error) else FAILED
+        return exits.STOPPED
+    if isinstance(error, exits.Preempted):
+        return exits.PREEMPTED
+    if isinstance(error, exits.PeerLost):
+        return exits.PEER_LOST
+    is_misuse = isinstance(error, Misuse | flags.Error)
+    return exits.MISUSED if is_misuse else exits.FAILED
 
 
 def _unknown_field(where: str, path: str) -> Misuse:

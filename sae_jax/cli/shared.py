@@ -6,7 +6,6 @@ import sys
 import types
 from pathlib import Path
 
-import jax
 from absl import flags
 
 from sae_jax.cli import errors
@@ -42,6 +41,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         # The threads of the CPU client, as in `sae_jax.cli.main`.
         n_threads = max(int(os.environ.get("NPROC", 1)), _CPU_DEVICES.value)
         os.environ["NPROC"] = str(n_threads)
+        import jax
+
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
     return positional

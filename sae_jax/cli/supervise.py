@@ -11,8 +11,7 @@ import subprocess
 import sys
 from types import FrameType
 
-from sae_jax.processes import MET_PIPE
-from sae_jax.watch import AGAIN, PEER_LOST, SUPERVISOR
+from sae_jax.exits import AGAIN, MET_PIPE, PEER_LOST, SUPERVISOR
 
 
 def is_supervised() -> bool:

@@ -17,11 +17,9 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from sae_jax import processes
 from sae_jax.cli import part, supervise
 from sae_jax.cli.errors import Misuse
-from sae_jax.config import TrainConfig, settings_of
-from sae_jax.loop import train
+from sae_jax.config import Cluster, TrainConfig, settings_of
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "file with get_config(), and --config.FIELD=VALUE overrides"
@@ -71,6 +69,10 @@ def main(argv: Sequence[str]) -> None:
     cluster = _find_cluster()
     if cluster is not None and not supervise.is_supervised():
         sys.exit(supervise.run(cluster.start_timeout_secs))
+    # Only here: the process that waits for this one has no use for jax.
+    from sae_jax import processes
+    from sae_jax.loop import train
+
     with processes.join(cluster) if cluster else contextlib.nullcontext():
         train(_CONFIG.value, _WORKDIR.value, profile_steps=_profile_steps())
         is_first = processes.is_first()
@@ -78,14 +80,14 @@ def main(argv: Sequence[str]) -> None:
         print(f"trained: {_WORKDIR.value}")
 
 
-def _find_cluster() -> processes.Cluster | None:
+def _find_cluster() -> Cluster | None:
     """Where the processes meet; None if this is the only one."""
     is_said = [flags.FLAGS[name].present for name in ("n_processes", "process")]
     if not _MULTIHOST.value:
         if any(is_said) or _COORDINATOR.value:
             raise Misuse("--coordinator, --n_processes and --process need --multihost")
         return None
-    return processes.Cluster(
+    return Cluster(
         _COORDINATOR.value,
         part.N_PROCESSES.value if is_said[0] else None,
         part.PROCESS.value if is_said[1] else None,

@@ -11,6 +11,7 @@ A field is a `setting`: default, meaning and choices in one place, which `sae-ja
 lasts is given in rows, so that it does not move with the batch size.
 """
 
+from sae_jax.config.cluster import Cluster
 from sae_jax.config.fields import (
     changed,
     checked,
@@ -46,6 +47,7 @@ __all__ = [
     "CHOOSE_K",
     "COMPUTE_DTYPES",
     "NORMALIZATIONS",
+    "Cluster",
     "DataConfig",
     "MeshConfig",
     "OptimizerConfig",
