@@ -5,9 +5,11 @@
 
 When a process dies of a signal, or ends with 75 (preempted) or 76 (lost another), all
 are ended and started again, from the last checkpoint: for ever if there is a newer one
-each time, else --max_restarts times. A run that failed (1, 2) or that was stopped by a
-Ctrl-C of its own (130) is not started again. SIGTERM, SIGINT and SIGHUP to the launcher
-reach the processes as one SIGTERM, and their save is waited for; a second one kills.
+each time, else --max_restarts times. A run that failed (1, 2), or whose one process was
+stopped by a Ctrl-C of its own (130), is not started again; a Ctrl-C to one of several
+ends all with 75. SIGTERM, SIGINT and SIGHUP to the launcher reach the processes as one
+SIGTERM, and their save is waited for; a second one kills. Several processes have
+--peer_timeout_secs=10, unless another is given behind --.
 Exit code: 0 done, 75 stopped and saved, else that of the process that ended the run.
 """
 
@@ -33,13 +35,18 @@ _RESTART_PREEMPTED = flags.DEFINE_bool(
     "start again after 75 too; without it something else does, such as a queue",
 )
 _LONGEST_PAUSE_SECS = 60
+# Shorter than train's own: here no network lies between them.
+_PEER_TIMEOUT_SECS = 10
 
 
 def main(words: list[str], arguments: list[str]) -> int:
     """Runs to the end, or to what a restart does not cure."""
     if words:
         raise ValueError(f"unexpected {words[0]!r}: give arguments of train behind --")
-    workdir = settings.check_training(arguments, _N_PROCESSES.value > 1)
+    is_several = _N_PROCESSES.value > 1
+    if is_several and settings.value_of(arguments, settings.PEER_TIMEOUT) is None:
+        arguments = [*arguments, f"--{settings.PEER_TIMEOUT}={_PEER_TIMEOUT_SECS}"]
+    workdir = settings.check_training(arguments, is_several)
     program = shlex.split(_PROGRAM.value or "") or settings.train_program()
     if settings.DRY_RUN.value:
         for command in _commands(program, arguments, "PORT"):
@@ -55,7 +62,8 @@ def main(words: list[str], arguments: list[str]) -> int:
 
 
 def _run(program: list[str], arguments: list[str], workdir: str, wish: Wish) -> int:
-    n_restarts, n_allowed = 0, settings.MAX_RESTARTS.value
+    n_allowed = settings.MAX_RESTARTS.value
+    n_restarts = 0  # in a row, each after an attempt that saved no checkpoint
     newest = _newest_checkpoint(workdir)
     while True:
         ends = run_together(
@@ -76,15 +84,12 @@ def _run(program: list[str], arguments: list[str], workdir: str, wish: Wish) -> 
         if wish or not _is_restarted(cause):
             _tell(f"{cause}; not started again")
             return PREEMPTED if cause.is_preempted else cause.status
-        n_restarts = 1 if _is_newer(newest, before) else n_restarts + 1
-        if n_restarts > n_allowed:
-            _tell(f"{cause}; given up: {n_allowed} restarts and no new checkpoint")
+        n_restarts = 0 if _is_newer(newest, before) else n_restarts + 1
+        if n_allowed == 0 or n_restarts > n_allowed:
+            _tell(f"{cause}; {_tell_end(n_allowed)}")
             return cause.status
-        _tell(
-            f"{cause}; restart {n_restarts} of {n_allowed} without a new checkpoint, "
-            f"from {start}"
-        )
-        wish.sleep(min(2 ** (n_restarts - 1), _LONGEST_PAUSE_SECS))
+        _tell(f"{cause}; {_tell_restart(n_restarts, n_allowed, start)}")
+        wish.sleep(min(2**n_restarts / 2, _LONGEST_PAUSE_SECS))
         if wish:
             _tell(stopped)
             return PREEMPTED
@@ -151,6 +156,18 @@ def _list_remote(workdir: str) -> list[str]:
 
 def _is_newer(newest: int | None, before: int | None) -> bool:
     return newest is not None and (before is None or newest > before)
+
+
+def _tell_end(n_allowed: int) -> str:
+    if n_allowed == 0:
+        return "not restarted (--max_restarts=0)"
+    return f"given up: {n_allowed} restarts and no new checkpoint"
+
+
+def _tell_restart(n_restarts: int, n_allowed: int, start: str) -> str:
+    if n_restarts == 0:
+        return f"restarted from {start}, newly saved"
+    return f"restart {n_restarts} of {n_allowed} without a new checkpoint, from {start}"
 
 
 def _tell(line: str) -> None:

@@ -25,6 +25,8 @@ _TOLD = {
     _STOPPED: "was stopped by Ctrl-C (130)",
 }
 _POLL_SECS = 0.05
+# How XLA begins dozens of lines a run, which say only that processes have met.
+_NOISE = "[Gloo] Rank"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,7 @@ def run_together(
     """Runs one process a command; how each ended, in the order in which they did.
 
     The first wish becomes one SIGTERM to each, the second SIGKILL. Of several processes
-    each line has the number of its process before it.
+    each line has the number of its process before it, and noise is left out.
     """
     # In sessions of their own: a terminal's Ctrl-C would reach them beside our signal,
     # and a second one cuts a save off.
@@ -171,6 +173,8 @@ def _kill(process: subprocess.Popen) -> None:
 def _print_lines(number: int, process: subprocess.Popen) -> None:
     assert process.stdout is not None
     for line in process.stdout:
+        if line.startswith(_NOISE):
+            continue
         # Nobody may be reading ours any more; theirs is read on, or they would block.
         with contextlib.suppress(OSError):
             print(f"[{number}] {line.rstrip()}", flush=True)

@@ -17,6 +17,7 @@ from absl import flags
 ROOT = Path(__file__).resolve().parents[1]
 FAILED, MISUSED = 1, 2
 REMOTE = re.compile(r"(gs|s3)://.")
+PEER_TIMEOUT = "peer_timeout_secs"
 # What launchers say of the processes of a run.
 _OF_PROCESSES = ("multihost", "coordinator", "n_processes", "process")
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
@@ -28,7 +29,10 @@ NAME = flags.DEFINE_string(
     "name", "sae-jax", "what the run, and what is made for it, is called"
 )
 MAX_RESTARTS = flags.DEFINE_integer(
-    "max_restarts", 3, "restarts without a new checkpoint in between", lower_bound=0
+    "max_restarts",
+    3,
+    "restarts without a new checkpoint in between; 0: none at all",
+    lower_bound=0,
 )
 GRACE_SECS = flags.DEFINE_integer(
     "grace_secs",
@@ -89,17 +93,29 @@ def variables() -> dict[str, str]:
 
 def check_training(arguments: Sequence[str], sets_processes: bool = True) -> str:
     """The workdir of these arguments of `sae-jax train`, which have what it needs."""
-    if not arguments:
-        raise ValueError("give the arguments of `sae-jax train` behind --")
+    if not value_of(arguments, "config"):
+        raise ValueError("give --config=FILE of `sae-jax train` behind --")
     for name in _OF_PROCESSES:
         if sets_processes and (
-            _value(arguments, name) is not None or f"--{name}" in arguments
+            value_of(arguments, name) is not None or f"--{name}" in arguments
         ):
             raise ValueError(f"--{name} is set by the launcher: leave it out behind --")
-    workdir = _value(arguments, "workdir")
+    workdir = value_of(arguments, "workdir")
     if not workdir:
         raise ValueError("give --workdir=FOLDER behind --, where the run is saved")
+    _check_grace(value_of(arguments, PEER_TIMEOUT))
     return workdir
+
+
+def value_of(arguments: Sequence[str], name: str) -> str | None:
+    """Of the last `--name=value` or `--name value`, as absl reads them."""
+    value = None
+    following = [*arguments, ""][1:]
+    for argument, after in zip(arguments, following, strict=True):
+        key, equals, text = argument.partition("=")
+        if key in (f"--{name}", f"-{name}"):
+            value = text if equals else after
+    return value
 
 
 def train_program() -> list[str]:
@@ -139,15 +155,19 @@ def execute(*commands: Sequence[str], text: str | None = None) -> int:
     return 0
 
 
-def _value(arguments: Sequence[str], name: str) -> str | None:
-    """Of the last `--name=value` or `--name value`, as absl reads them."""
-    value = None
-    following = [*arguments[1:], ""]
-    for argument, after in zip(arguments, following, strict=True):
-        key, equals, text = argument.partition("=")
-        if key in (f"--{name}", f"-{name}"):
-            value = text if equals else after
-    return value
+def _check_grace(peer_timeout: str | None) -> None:
+    if peer_timeout is None:
+        return
+    try:
+        peer_secs = float(peer_timeout)
+    except ValueError:
+        raise ValueError(f"--{PEER_TIMEOUT}={peer_timeout}: give seconds") from None
+    if GRACE_SECS.value <= 2 * peer_secs:
+        raise ValueError(
+            f"--grace_secs={GRACE_SECS.value} is not more than twice "
+            f"--{PEER_TIMEOUT}={peer_timeout}: processes would be killed before they "
+            "notice that another is lost; give more grace, or a shorter time behind --"
+        )
 
 
 def _describe() -> str:

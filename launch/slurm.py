@@ -24,7 +24,9 @@ _GPUS = flags.DEFINE_integer(
     "gpus_per_node", 0, "GPUs and processes of a node; 0: one process, no GPU", 0
 )
 _CPUS = flags.DEFINE_integer("cpus_per_task", None, "cores of a process", lower_bound=1)
-_TIME = flags.DEFINE_string("time", None, "limit of one stay in the queue, D-HH:MM:SS")
+_TIME = flags.DEFINE_string(
+    "time", None, "limit of one stay in the queue, D-HH:MM:SS; more than --grace_secs"
+)
 _PARTITION = flags.DEFINE_string("partition", None, "where the job is queued")
 _ACCOUNT = flags.DEFINE_string("account", None, "who pays")
 _SETUP = flags.DEFINE_multi_string(
@@ -63,6 +65,8 @@ def _script(arguments: list[str]) -> str:
     is_several = _NODES.value * n_tasks > 1
     step = [
         *("srun", "--kill-on-bad-exit=0", f"--wait={settings.GRACE_SECS.value}"),
+        # Since Slurm 22.05 srun does not take them over from sbatch.
+        *([f"--cpus-per-task={_CPUS.value}"] if _CPUS.value else []),
         *settings.train_program(),
     ]
     command = settings.show([
@@ -81,8 +85,8 @@ def _script(arguments: list[str]) -> str:
 
 
 def _options(n_tasks: int) -> list[str]:
-    if _TIME.value is not None and not _TIME_FORM.fullmatch(_TIME.value):
-        raise ValueError(f"--time={_TIME.value}: give minutes, HH:MM:SS or D-HH:MM:SS")
+    if _TIME.value is not None:
+        _check_time(_TIME.value, settings.GRACE_SECS.value)
     for name, value in (("partition", _PARTITION.value), ("account", _ACCOUNT.value)):
         if value is not None and not re.fullmatch(r"[\w.,@-]+", value):
             raise ValueError(f"--{name}={value}: that is no name of Slurm's")
@@ -103,6 +107,28 @@ def _options(n_tasks: int) -> list[str]:
         "requeue",
         f"signal=TERM@{settings.GRACE_SECS.value}",
     ]
+
+
+def _check_time(limit: str, grace_secs: int) -> None:
+    if not _TIME_FORM.fullmatch(limit):
+        raise ValueError(f"--time={limit}: give minutes, HH:MM:SS or D-HH:MM:SS")
+    secs = _read_secs(limit)
+    if 0 < secs <= grace_secs:  # 0 is no limit
+        raise ValueError(
+            f"--time={limit} is {secs} s, and not more than --grace_secs={grace_secs}: "
+            "the job would save at its start and be queued again for ever; give more "
+            "time, or less grace"
+        )
+
+
+def _read_secs(limit: str) -> int:
+    """As Slurm reads it: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
+    days, dash, clock = limit.rpartition("-")
+    numbers = [int(word) for word in clock.split(":")]
+    if not dash and len(numbers) < 3:
+        numbers.insert(0, 0)
+    hours, minutes, secs = [*numbers, 0, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + secs
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ GKE = ("gke", "--accelerator=v5p-128", "--image=registry/sae:1")
 SLURM = ("slurm", "--nodes=2")
 _IGNORED = shutil.ignore_patterns("__pycache__")
 
-# What it does is a list of words: say=TEXT (| for a carriage return), checkpoint=STEP,
-# kill=SIGNAL, exit=STATUS, child (leaves one that sleeps), after=PROCESS (has begun as
-# many attempts), wait or wait=STATUS (for SIGTERM, then ends: 75), hang (deaf to it).
+# What it does is a list of words: say=TEXT (| is a carriage return, _ a space),
+# checkpoint=STEP, kill=SIGNAL, exit=STATUS, child (leaves one that sleeps),
+# after=PROCESS (has begun as many attempts), wait or wait=STATUS (for SIGTERM, then
+# ends: 75), hang (deaf to it).
 _TRAIN = f"""#!{sys.executable} -SE
 import json, os, signal, subprocess, sys, time
 value = lambda name, default: next(
@@ -45,7 +46,7 @@ plan = json.load(open(os.path.join(workdir, "plan.json")))
 for word in plan[min(attempt, len(plan) - 1)].get(str(process), "exit=0").split():
     name, _, what = word.partition("=")
     if name == "say":
-        print(what.replace("|", "\\r"), flush=True)
+        print(what.replace("|", "\\r").replace("_", " "), flush=True)
     elif name == "checkpoint":
         os.makedirs(os.path.join(workdir, "checkpoints", what), exist_ok=True)
     elif name == "kill":

@@ -8,8 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+
 import sae_jax
-from sae_jax.config import to_json
+from sae_jax import writers
+from sae_jax.checkpoint import Checkpoints
+from sae_jax.config import MeshConfig, to_json
+from sae_jax.mesh import make_mesh
 
 _CONFIG = """
 from sae_jax import config
@@ -127,6 +132,26 @@ class Pod:
         parent = self._processes[process].pid
         path = Path(f"/proc/{parent}/task/{parent}/children")
         return [int(pid) for pid in path.read_text().split()] if path.exists() else []
+
+
+def read_metrics(workdir):
+    """The rows, less what is another in every life."""
+    rows = writers.read_json_lines(workdir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k != "rows_per_second"} for row in rows]
+
+
+def read_state(workdir, step, shape=(1, 1)):
+    """Everything in a checkpoint, on a mesh of this process."""
+    checkpoints = Checkpoints(workdir, is_read_only=True)
+    setup = checkpoints.meta(step).setup(make_mesh(MeshConfig(*shape)))
+    state = checkpoints.restore(step, setup)
+    checkpoints.close()
+    return state
+
+
+def leaves(state, name):
+    """The arrays of one part of a state."""
+    return jax.tree.leaves(jax.device_get(getattr(state, name)))
 
 
 def _kill(pid: int, number: int) -> None:

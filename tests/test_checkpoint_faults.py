@@ -14,19 +14,20 @@ import numpy as np
 import pods
 import pytest
 import synthetic
-from test_processes import leaves, read_metrics, read_state
+from pods import leaves, read_metrics, read_state
 
 from sae_jax import loop, run
 from sae_jax.config import MeshConfig
 
 ONE = MeshConfig(1, 1)
 OFTEN = ("--peer_timeout_secs=5", "--config.mesh.data=2")
-N_STEPS, EVERY = 60, 2
+EVERY = 2  # steps
 SAVES = (
     *OFTEN,
     f"--config.checkpoint_every_steps={EVERY}",
     "--config.checkpoints_kept=1000",
     "--config.sae.n_latents=4096",  # some megabytes
+    "--config.mesh.latent=1",
 )
 
 
@@ -73,33 +74,25 @@ def test_a_run_goes_on_in_more_processes(saved, continued, planted_store, tmp_pa
     assert_alike(read_metrics(workdir), continued)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(planted_store, tmp_path_factory):
-    """The states of a run at all its checkpoints."""
-    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    with pods.Pod(
-        workdir, planted_store, 2, 1, *SAVES, "--config.mesh.latent=1",
-        rows=N_STEPS * 64,
-    ) as pod:
-        assert pod.wait() == [0, 0], pod.tell(0)
-    return {step: read_all(workdir, step) for step in find_steps(workdir)}
-
-
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    "n_kills", [2, pytest.param(20, marks=pytest.mark.slow)]
+    "n_kills, n_steps", [(2, 12), pytest.param(20, 60, marks=pytest.mark.slow)]
 )
 def test_kills_while_saving_lose_and_mix_nothing(
-    n_kills, undisturbed, planted_store, tmp_path
+    n_kills, n_steps, planted_store, tmp_path
 ):
-    workdir, rng = tmp_path / "run", random.Random(n_kills)
-    assert sorted(undisturbed) == list(range(EVERY, N_STEPS + 1, EVERY))
-    arguments = (*SAVES, "--config.mesh.latent=1")
+    workdir, whole, rng = tmp_path / "run", tmp_path / "whole", random.Random(n_kills)
+
+    def start(workdir):
+        return pods.Pod(workdir, planted_store, 2, 1, *SAVES, rows=n_steps * 64)
+
+    with start(whole) as pod:
+        assert pod.wait() == [0, 0], pod.tell(0)
+    assert find_steps(whole) == list(range(EVERY, n_steps + 1, EVERY))
     torn = last = 0
     for kill in range(n_kills):
         stale = find_unfinished(workdir)
-        with pods.Pod(
-            workdir, planted_store, 2, 1, *arguments, rows=N_STEPS * 64
-        ) as pod:
+        with start(workdir) as pod:
             wait_for_save(pod, stale, rng)
             victims = [0, 1] if kill % 2 else [rng.randrange(2)]
             for victim in victims:
@@ -110,15 +103,13 @@ def test_kills_while_saving_lose_and_mix_nothing(
         torn += bool(find_unfinished(workdir))
         steps = find_steps(workdir)
         for step in [step for step in steps if step > last]:
-            assert_same(read_all(workdir, step), undisturbed[step])
+            assert_same(read_all(workdir, step), read_all(whole, step))
         assert max(steps, default=0) >= last
         last = max(steps, default=0)
     assert torn, "no kill met a checkpoint that was being written"
-    with pods.Pod(
-        workdir, planted_store, 2, 1, *arguments, rows=N_STEPS * 64
-    ) as pod:
+    with start(workdir) as pod:
         assert pod.wait() == [0, 0], pod.tell(0)
-    assert_same(read_all(workdir, N_STEPS), undisturbed[N_STEPS])
+    assert_same(read_all(workdir, n_steps), read_all(whole, n_steps))
     assert not find_unfinished(workdir)
 
 

@@ -234,6 +234,26 @@ def test_slurm_options(stage):
     assert "\nmodule load cuda\nulimit -n 4096\n" in text
 
 
+@pytest.mark.parametrize("cpus", [None, 4])
+def test_slurm_steps_have_the_cores_of_a_process(stage, cpus):
+    flags = [f"--cpus_per_task={cpus}"] if cpus else []
+    script = write_script(stage, *flags, *train(stage.plan({})))
+    process = start_script(stage, script)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    ((words, _),) = stage.calls("srun")
+    asked = [word for word in words if word.startswith("--cpus-per-task")]
+    assert asked == ([f"--cpus-per-task={cpus}"] if cpus else [])
+
+
+@pytest.mark.parametrize(
+    "limit", ["3", "2:31", "0:02:31", "1-0", "0-1", "0-0:03", "0-0:02:31", "0"]
+)
+def test_slurm_time_above_the_grace_is_asked_for(stage, limit):
+    text = write_script(stage, f"--time={limit}", *train("w")).read_text()
+    assert f"#SBATCH --time={limit}\n" in text and "signal=TERM@150" in text
+
+
 @pytest.mark.parametrize(
     "first, status, n_attempts, is_requeued",
     [

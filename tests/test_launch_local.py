@@ -32,8 +32,17 @@ def test_processes_are_told_of_each_other(stage):
         assert "--multihost" in arguments and environment["A"] == "b c"
         assert flag_of(arguments, "n_processes") == "3"
         assert flag_of(arguments, "process") == str(process)
+        assert flag_of(arguments, "peer_timeout_secs") == "10"
         ports.add(flag_of(arguments, "coordinator"))
     assert len(ports) == 1 and ports.pop().startswith("127.0.0.1:")
+
+
+def test_how_long_to_wait_for_a_peer_may_be_said(stage):
+    workdir = stage.plan({})
+    done = stage.run("local", PAIR, *train(workdir, "--peer_timeout_secs", "30"))
+    assert (done.returncode, done.stderr) == (0, "")
+    ((arguments, _),) = calls_of(workdir)
+    assert "30" in arguments and "--peer_timeout_secs=10" not in arguments
 
 
 def test_one_process_is_left_alone(stage):
@@ -55,6 +64,12 @@ def test_lines_are_told_apart(stage):
     assert "[1] hello" in lines
 
 
+def test_lines_that_tell_nothing_are_left_out(stage):
+    workdir = stage.plan({0: "say=[Gloo]_Rank_0_is_connected say=about_[Gloo]_Rank"})
+    done = stage.run("local", PAIR, *train(workdir))
+    assert done.stdout == "[0] about [Gloo] Rank\n"
+
+
 @pytest.mark.parametrize("death", ["kill=9", "exit=75", "exit=137"])
 def test_all_start_again_when_one_dies(stage, death):
     workdir = stage.plan({0: "after=1 checkpoint=7 exit=76", 1: death}, {})
@@ -66,8 +81,7 @@ def test_all_start_again_when_one_dies(stage, death):
         "exit=137": "died of SIGKILL (137)",
     }[death]
     assert done.stderr == (
-        f"mine: process 1 {told}; restart 1 of 3 without a new checkpoint, from "
-        "checkpoint 7\n"
+        f"mine: process 1 {told}; restarted from checkpoint 7, newly saved\n"
     )
     ports = [
         [flag_of(arguments, "coordinator") for arguments, _ in calls]
@@ -95,9 +109,10 @@ def test_restarts_without_progress_are_counted(stage):
     )
     done = stage.run("local", "--max_restarts=1", *train(workdir))
     assert done.returncode == 128 + signal.SIGSEGV
-    first, second, last = done.stderr.splitlines()
-    assert first.endswith("restart 1 of 1 without a new checkpoint, from checkpoint 5")
-    assert second.endswith("restart 1 of 1 without a new checkpoint, from checkpoint 6")
+    first, second, third, last = done.stderr.splitlines()
+    assert first.endswith("; restarted from checkpoint 5, newly saved")
+    assert second.endswith("; restarted from checkpoint 6, newly saved")
+    assert third.endswith("restart 1 of 1 without a new checkpoint, from checkpoint 6")
     assert last.endswith("SIGSEGV (139); given up: 1 restarts and no new checkpoint")
 
 
@@ -105,6 +120,7 @@ def test_no_restarts_are_none(stage):
     workdir = stage.plan({0: "checkpoint=5 kill=9"})
     done = stage.run("local", "--max_restarts=0", *train(workdir))
     assert done.returncode == 137
+    assert done.stderr.endswith("SIGKILL (137); not restarted (--max_restarts=0)\n")
     assert len(calls_of(workdir)) == 1
 
 
@@ -182,7 +198,8 @@ def test_those_that_do_not_notice_are_killed_after_the_grace(stage):
     """With all that they started, which else would hold the launcher's pipes."""
     workdir = stage.plan({0: "child hang", 1: "after=0 child kill=9"}, {})
     start = time.monotonic()
-    done = stage.run("local", PAIR, "--grace_secs=1", *train(workdir))
+    behind = train(workdir, "--peer_timeout_secs=0.4")
+    done = stage.run("local", PAIR, "--grace_secs=1", *behind)
     assert done.returncode == 0
     assert 2 < time.monotonic() - start < 20
     assert "process 1 died of SIGKILL" in done.stderr
@@ -196,7 +213,8 @@ def test_dry_run_only_prints(stage):
     first, second = done.stdout.splitlines()
     assert first == (
         f"env A=1 {stage.bin}/sae-jax train --config=c.py --workdir={workdir} "
-        "'--x=a b' --multihost --coordinator=127.0.0.1:PORT --n_processes=2 --process=0"
+        "'--x=a b' --peer_timeout_secs=10 --multihost --coordinator=127.0.0.1:PORT "
+        "--n_processes=2 --process=0"
     )
     assert second == first[:-1] + "1"
     assert not calls_of(workdir)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import synthetic
 from launching import LAUNCH
-from test_processes import leaves, read_metrics, read_state
+from pods import leaves, read_metrics, read_state
 
 from sae_jax.config import to_json
 
@@ -23,6 +23,7 @@ from sae_jax import config
 def get_config():
     return config.from_json(config.TrainConfig, {text!r}, "a test")
 """
+_START = r" train: .*, from step (\d+) to "
 TRAIN = [sys.executable, "-c", "from sae_jax.cli import run; run()", "train"]
 
 
@@ -53,8 +54,12 @@ class Launched:
     @property
     def starts(self) -> list[int]:
         """The step from which each attempt went on."""
-        said = re.findall(r" train: .*, from step (\d+) to ", self._out.read_text())
-        return [int(step) for step in said]
+        return [int(step) for step in re.findall(_START, self.said)]
+
+    @property
+    def said(self) -> str:
+        """What the processes printed."""
+        return self._out.read_text()
 
     @property
     def lines(self) -> list[str]:
@@ -109,8 +114,10 @@ def test_killed_at_random_a_run_ends_with_the_same_bits(
     run.finish()
     assert len(run.lines) == n_kills
     for line, victim, start in zip(run.lines, victims, run.starts[1:], strict=True):
-        assert f"process {victim} died of SIGKILL (137); restart " in line
-        assert line.endswith(f"from checkpoint {start}" if start else "the beginning")
+        assert f"process {victim} died of SIGKILL (137); restart" in line
+        where = f" from checkpoint {start}" if start else " from the beginning"
+        assert line.removesuffix(", newly saved").endswith(where)
+    assert "[Gloo] Rank" not in run.said
 
     undisturbed = Launched(tmp_path / "undisturbed", planted_store, n_steps)
     undisturbed.finish()

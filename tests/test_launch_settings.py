@@ -10,10 +10,35 @@ def stage(tmp_path):
 
 
 POD = ("tpu_vm", "start", "--accelerator=v5p-16")
+NO_CONFIG = ("--", "--workdir=gs://b/w", "--config.sae.k=4")
 # Launcher and its arguments, exit code, and what the one line holds.
 REFUSED = [
-    (("local",), 2, "local.py: give the arguments of `sae-jax train` behind --"),
+    (("local",), 2, "local.py: give --config=FILE of `sae-jax train` behind --"),
+    (("local", "--n_processes=2"), 2, "give --config=FILE of `sae-jax train` behind"),
+    (("local", *NO_CONFIG), 2, "give --config=FILE"),
+    (("local", *NO_CONFIG, "--config="), 2, "give --config=FILE"),
+    ((*SLURM, *NO_CONFIG), 2, "give --config=FILE"),
+    ((*GKE, *NO_CONFIG), 2, "give --config=FILE"),
+    ((*POD, *NO_CONFIG), 2, "give --config=FILE"),
     (("local", "--", "--config=c.py"), 2, "give --workdir=FOLDER behind --"),
+    (
+        ("local", "--grace_secs=20", "--n_processes=2", *train("w")),
+        2,
+        "--grace_secs=20 is not more than twice --peer_timeout_secs=10: ",
+    ),
+    *(
+        (
+            (*launch, *train("gs://b/w", "--peer_timeout_secs", "75")),
+            2,
+            "--grace_secs=150 is not more than twice --peer_timeout_secs=75: ",
+        )
+        for launch in (("local",), SLURM, GKE, POD)
+    ),
+    (
+        ("local", *train("w", "--peer_timeout_secs=x")),
+        2,
+        "--peer_timeout_secs=x: give seconds",
+    ),
     (("local", "--name=A", *train("w")), 2, "--name=A: give 1 to 40 lower-case"),
     (("local", "--env=A", *train("w")), 2, "--env=A: give --env=NAME=VALUE"),
     (("local", "--max_restart=1", *train("w")), 2, "Did you mean: max_restarts"),
@@ -27,6 +52,22 @@ REFUSED = [
     ),
     ((*SLURM, *train("w", "--multihost")), 2, "--multihost is set by the launcher"),
     ((*SLURM, "--time=soon", *train("w")), 2, "--time=soon: give minutes"),
+    *(
+        (
+            (*SLURM, f"--time={limit}", *train("w")),
+            2,
+            f"--time={limit} is {secs} s, and not more than --grace_secs=150: ",
+        )
+        for limit, secs in [
+            *(("2", 120), ("2:30", 150), ("0:02:30", 150), ("0-0:02", 120)),
+            *(("0-0:02:30", 150), ("0:59", 59)),
+        ]
+    ),
+    (
+        (*SLURM, "--grace_secs=86400", "--time=0-24", *train("w")),
+        2,
+        "--time=0-24 is 86400 s, and not more than --grace_secs=86400: ",
+    ),
     ((*SLURM, "--partition=a b", *train("w")), 2, "--partition=a b"),
     ((*GKE, *train("w")), 2, "--workdir=w would end with its pod: give gs://"),
     (("gke", "--accelerator=v5p-8", *train("gs://b/w")), 2, "give --image"),
@@ -56,6 +97,13 @@ def test_secrets_are_refused_and_not_told(stage):
         done = stage.run(*launch, "--env=HF_TOKEN=abc123", *train("gs://b/w"))
         assert done.returncode == 2
         assert "HF_TOKEN" in done.stderr and "abc123" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("config", [("--config=c.py",), ("--config", "c.py")])
+def test_config_is_given_as_train_reads_it(stage, config):
+    flags = ("--dry_run", "--grace_secs=21", "--n_processes=2", "--")
+    done = stage.run("local", *flags, *config, "--workdir=w")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("launcher", ["local", "tpu_vm", "gke", "slurm"])

@@ -194,6 +194,7 @@ def test_a_kill_in_mid_save_loses_no_more_than_that_save(
     assert read_metrics(data) == read_metrics(whole)
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("n_kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_at_random_moments(n_kills, bucket, undisturbed):  # noqa: F811
     store, _, expected = undisturbed
