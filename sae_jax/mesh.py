@@ -36,11 +36,14 @@ def make_mesh(config: MeshConfig | None = None, n_latents: int | None = None) ->
         n_latent = max(1, n_devices // n_data)
         while n_latents is not None and n_latents % n_latent:
             n_latent -= 1
-    if n_data * n_latent > n_devices or n_devices % n_data:
+    if n_data * n_latent > n_devices:
         raise ValueError(
-            f"a mesh of mesh.data = {n_data} by mesh.latent = {n_latent} does not "
-            f"fit {n_devices} device(s); their product must be at most, and mesh.data "
-            "must divide, the number of devices"
+            f"a mesh of mesh.data = {n_data} by mesh.latent = {n_latent} needs "
+            f"{n_data * n_latent} devices, there are {n_devices}: lower one of them"
+        )
+    if n_devices % n_data:
+        raise ValueError(
+            f"mesh.data = {n_data} does not divide {n_devices} devices: give a divisor"
         )
     taken = jax.devices()[: n_data * n_latent]
     n_idle = jax.process_count() - len({device.process_index for device in taken})

@@ -23,9 +23,17 @@ def test_a_mesh_may_leave_devices_out():
     assert meshes.make_mesh(MeshConfig(data=1, latent=2)).size == 2
 
 
-@pytest.mark.parametrize("shape", [(3, None), (4, 4), (16, None), (1, 16)])
-def test_a_mesh_that_does_not_fit_is_refused(shape):
-    with pytest.raises(ValueError, match=r"mesh.data = \d+ by .* 8 device"):
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((3, None), "mesh.data = 3 does not divide 8 devices"),
+        ((4, 4), "data = 4 by mesh.latent = 4 needs 16 devices, there are 8"),
+        ((16, None), "data = 16 by mesh.latent = 1 needs 16 devices, there are 8"),
+        ((1, 16), "data = 1 by mesh.latent = 16 needs 16 devices, there are 8"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(shape, message):
+    with pytest.raises(ValueError, match=message):
         meshes.make_mesh(MeshConfig(*shape))
 
 

@@ -12,7 +12,7 @@ import pytest
 from sae_jax import plan
 from sae_jax.config import DataConfig, MeshConfig, SaeConfig, TrainConfig
 from sae_jax.mesh import DATA, LATENT, make_mesh
-from sae_jax.plan import chips, limits, memory, parse, rule, traffic
+from sae_jax.plan import ask, chips, limits, memory, parse, rule, traffic
 from sae_jax.plan.compiler import compile_on
 from sae_jax.plan.estimate import bytes_of, estimate, flops_of
 from sae_jax.plan.step import Step, refusal
@@ -196,7 +196,7 @@ def test_a_mesh_that_is_set_stays_and_its_open_part_is_chosen():
     assert plan.choose_mesh(config, 8, "cpu") == (config.mesh, "as set")
     config = make_config(mesh=MeshConfig(latent=2))
     assert plan.choose_mesh(config, 8, "cpu")[0] == MeshConfig(4, 2)
-    with pytest.raises(ValueError, match="no mesh of 8 device.*mesh.data = 16"):
+    with pytest.raises(ValueError, match="mesh.data = 16 .* of 8 devices: it needs 16"):
         rule.choose(make_config(mesh=MeshConfig(16)), parse("cpu:8"))
 
 
@@ -233,6 +233,47 @@ def test_limits_fit_and_twice_as_much_does_not():
     assert peak(rows) <= where.chip.hbm_bytes < peak(2 * rows)
 
 
+@pytest.mark.parametrize("name, n_data", [("gpu:4x8xh100", 32), ("cpu:6", 6)])
+def test_limits_are_of_whole_data_shards(name, n_data):
+    config = make_config(
+        3 * 2**18,
+        mesh=MeshConfig(data=n_data),
+        n_latents=8190,
+        d_model=768,
+        k=32,
+        aux_coefficient=0.0,
+    )
+    where = parse(name)
+    step = rule.choose(config, where)[0].step
+    rows = limits.largest_batch(step, where)
+    assert rows and rows % n_data == 0 and (rows // n_data).bit_count() == 1
+    batch = config.data.batch_rows
+    fits = limits.largest_microbatch(step, where)
+    assert fits == batch or batch > rows and fits and batch % fits == 0
+
+
+def test_devices_that_no_mesh_takes_are_told():
+    config = make_config(8192, n_latents=4096, d_model=64, k=8)
+    found = plan.make_plan(config, parse("tpu:v5p:3x3x3"), is_compiled=False)
+    text = plan.format_plan(found)
+    n_data, n_latent = found.best.shape
+    n_idle = 27 - n_data * n_latent
+    assert n_idle > 0 and f"(data x latent), {n_idle} devices idle: " in text
+    assert "if it did fit" not in text and found.fits
+
+
+@pytest.mark.parametrize("efficiency", [0, -1, 1.1])
+def test_an_efficiency_that_is_none_is_refused(efficiency):
+    with pytest.raises(ValueError, match="must be above 0, at most 1"):
+        plan.make_plan(make_config(), parse("gpu:8xh200"), efficiency=efficiency)
+
+
+@pytest.mark.parametrize("rows", [0, -5, float("nan"), float("inf")])
+def test_rows_that_are_none_are_refused(rows):
+    with pytest.raises(ValueError, match=f"rows = {rows}: must be at least 1"):
+        ask.with_flags(make_config(), {"rows": rows})
+
+
 def test_the_smallest_topology_that_fits_is_named():
     config = make_config(8192, n_latents=2**20, d_model=4096, k=32)
     found = plan.make_plan(config, parse("tpu:v5e-1"), is_compiled=False)
@@ -247,6 +288,7 @@ def test_the_smallest_topology_that_fits_is_named():
     none = plan.make_plan(huge, parse("tpu:v5e-1"), is_compiled=False)
     assert none.smallest is None
     assert "nor does any topology of v5e" in plan.format_plan(none)
+    assert "\nif it did fit: " in plan.format_plan(none)
 
 
 def test_the_model_says_that_it_is_one_where_nothing_is_compiled():
@@ -296,9 +338,13 @@ def test_the_command_compiles_the_step_and_prints_json(tmp_path):
         (["--n_latents=64"], 2, "give --topology=NAME"),
         (["--topology=tpu:v5q-8", "--d_model=64"], 1, "did you mean 'v5p'"),
         (["--topology=cpu:2"], 1, "sae.d_model is not set"),
+        (["--topology=cpu:2", "--config=@"], 2, "get_config() returned dict, not a"),
     ],
 )
-def test_the_command_tells_what_is_wrong_in_one_line(arguments, status, message):
-    done = _command(*arguments)
-    assert done.returncode == status
+def test_the_command_tells_what_is_wrong_in_one_line(
+    arguments, status, message, tmp_path
+):
+    (tmp_path / "dict.py").write_text("def get_config(): return {1: 2}")
+    done = _command(*(text.replace("@", f"{tmp_path}/dict.py") for text in arguments))
+    assert done.returncode == status, done.stderr
     assert len(done.stderr.splitlines()) == 1 and message in done.stderr

@@ -49,6 +49,13 @@ def in_one_line(program: str) -> Iterator[None]:
         sys.exit(_status(error))
 
 
+def check_config(found: object) -> TrainConfig:
+    """What `get_config()` of a --config file gave."""
+    if not isinstance(found, TrainConfig):
+        raise Misuse(f"get_config() returned {type(found).__name__}, not a TrainConfig")
+    return found
+
+
 def misuse(error: Exception, arguments: list[str]) -> Misuse:
     """What `error`, raised while `arguments` were parsed, means.
 

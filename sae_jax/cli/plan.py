@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from sae_jax.cli.errors import Misuse
+from sae_jax.cli.errors import Misuse, check_config
 from sae_jax.config import COMPUTE_DTYPES, TrainConfig
 from sae_jax.plan import EFFICIENCY, format_plan, make_plan, parse
 from sae_jax.plan.ask import with_flags
@@ -42,7 +42,7 @@ _INTEGERS = {
 _ROWS = flags.DEFINE_float("rows", None, "rows (tokens) to train on, as 40e9")
 _DTYPE = flags.DEFINE_enum("dtype", None, COMPUTE_DTYPES, "sae.compute_dtype")
 _EFFICIENCY = flags.DEFINE_float(
-    "efficiency", EFFICIENCY, "part of the published figures taken to be reached", 0, 1
+    "efficiency", EFFICIENCY, "part of the published figures taken to be reached"
 )
 _COMPILE = flags.DEFINE_bool("compile", True, "ask the compiler, where there is one")
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object, and no table")
@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
         raise Misuse("give --topology=NAME, and flags only; see plan --help")
     given: dict[str, Any] = {name: flag.value for name, flag in _INTEGERS.items()}
     given |= {"rows": _ROWS.value, "compute_dtype": _DTYPE.value}
-    config = with_flags(_CONFIG.value or TrainConfig(), given)
+    config = check_config(_CONFIG.value) if _CONFIG.value else TrainConfig()
+    config = with_flags(config, given)
     plan = make_plan(config, parse(_TOPOLOGY.value), _COMPILE.value, _EFFICIENCY.value)
     print(json.dumps(plan.to_json(), indent=2) if _JSON.value else format_plan(plan))

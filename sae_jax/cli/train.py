@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from sae_jax.cli import part, supervise
-from sae_jax.cli.errors import Misuse
+from sae_jax.cli.errors import Misuse, check_config
 from sae_jax.config import Cluster, TrainConfig, settings_of
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -62,10 +62,7 @@ def main(argv: Sequence[str]) -> None:
         raise Misuse(f"unexpected argument {argv[1]!r}: give flags only")
     if _CONFIG.value is None or _WORKDIR.value is None:
         raise Misuse("give --config=FILE and --workdir=FOLDER; see train --help")
-    if not isinstance(_CONFIG.value, TrainConfig):
-        raise Misuse(
-            f"get_config() returned {type(_CONFIG.value).__name__}, not a TrainConfig"
-        )
+    config = check_config(_CONFIG.value)
     cluster = _find_cluster()
     if cluster is not None and not supervise.is_supervised():
         sys.exit(supervise.run(cluster.start_timeout_secs))
@@ -74,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     from sae_jax.loop import train
 
     with processes.join(cluster) if cluster else contextlib.nullcontext():
-        train(_CONFIG.value, _WORKDIR.value, profile_steps=_profile_steps())
+        train(config, _WORKDIR.value, profile_steps=_profile_steps())
         is_first = processes.is_first()
     if is_first:
         print(f"trained: {_WORKDIR.value}")

@@ -1,6 +1,7 @@
 """A config from the few figures that a plan needs."""
 
 import dataclasses
+import math
 from typing import Any
 
 from sae_jax.config import TrainConfig, checked
@@ -35,8 +36,10 @@ def _replaced(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
             own["lanes"] = lanes if own["batch_rows"] % lanes == 0 else 1
         changes[group] = dataclasses.replace(getattr(config, group), **own)
     batch_rows = changes["data"].batch_rows
-    rows = int(values.get("rows", config.rows))
-    changes["rows"] = max(rows, batch_rows)
+    rows = values.get("rows", config.rows)
+    if not 1 <= rows < math.inf:
+        raise ValueError(f"rows = {rows}: must be at least 1")
+    changes["rows"] = max(int(rows), batch_rows)
     most = max(1, (changes["rows"] // batch_rows - 1) * batch_rows)
     changes["dead_after_rows"] = min(config.dead_after_rows, most)
     return dataclasses.replace(config, **changes)

@@ -8,15 +8,15 @@ from sae_jax.plan.rule import Option, options
 from sae_jax.plan.step import Step, refusal
 from sae_jax.plan.topology import Topology
 
-_MOST_ROWS = 2**24
+_MOST_ROWS = 2**24  # of a data shard
 
 
 def largest_batch(step: Step, where: Topology) -> int | None:
-    """The largest power of two of rows that fits, without micro-batches."""
+    """The most rows that fit without micro-batches; of a data shard, a power of two."""
     rows = _MOST_ROWS
-    while rows and not _fits(step, where, rows, None):
+    while rows and not _fits(step, where, rows * step.n_data, None):
         rows //= 2
-    return rows or None
+    return rows * step.n_data or None
 
 
 def largest_microbatch(step: Step, where: Topology) -> int | None:
@@ -49,7 +49,7 @@ def smallest(
 
 def _fits(step: Step, where: Topology, batch: int, part: int | None) -> bool:
     data = dataclasses.replace(
-        step.config.data, batch_rows=batch, microbatch_rows=part, lanes=1
+        step.config.data, batch_rows=batch, microbatch_rows=part, lanes=step.n_data
     )
     most = max(step.config.rows, 2 * batch)
     config = dataclasses.replace(step.config, data=data, rows=most, dead_after_rows=1)

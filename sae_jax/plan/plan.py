@@ -106,10 +106,13 @@ def make_plan(
         efficiency: the part of the published figures that is reached.
 
     Raises:
-        ValueError: no mesh that the run would accept, or a compiler that fails.
+        ValueError: no width, no mesh that the run would accept, an efficiency that
+            is none, or a compiler that fails.
     """
     if config.sae.d_model is None:
         raise ValueError("sae.d_model is not set: say how wide rows are")
+    if not 0 < efficiency <= 1:
+        raise ValueError(f"efficiency = {efficiency}: must be above 0, at most 1")
     found = choose(config, topology)
     chosen, *others = found
     reason = why_not(topology) if is_compiled else "not asked to"

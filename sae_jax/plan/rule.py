@@ -65,8 +65,8 @@ def choose(config: TrainConfig, topology: Topology) -> list[Option]:
     n_latent = mesh.latent or max(1, n_devices // n_data)
     reason = refusal(Step(config, n_data, n_latent, topology.platform))
     raise ValueError(
-        f"no mesh of {n_devices} device(s) has mesh.data = {mesh.data} and mesh.latent "
-        f"= {mesh.latent}: {reason or 'their product must be at most that many'}"
+        f"no mesh of mesh.data = {n_data} by mesh.latent = {n_latent} can be made of "
+        f"{n_devices} devices: {reason or f'it needs {n_data * n_latent}'}"
     )
 
 

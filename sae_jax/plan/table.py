@@ -30,7 +30,8 @@ def _title(plan: Plan) -> list[str]:
     sae, chip = config.sae, where.chip
     torus = f" as {'x'.join(map(str, where.shape))}" if where.shape else ""
     n_data, n_latent = plan.best.shape
-    parts = config.data.microbatch_rows
+    n_used, parts = n_data * n_latent, config.data.microbatch_rows
+    idle = f", {where.n_devices - n_used} devices idle" * (n_used < where.n_devices)
     count = f"{where.n_chips} {chip.name} chips{torus}, {where.n_devices} devices"
     if chip.platform == "cpu":
         count = f"{where.n_devices} virtual devices of this machine"
@@ -39,7 +40,7 @@ def _title(plan: Plan) -> list[str]:
         f"K = {sae.k}, batches of {config.data.batch_rows:,} rows"
         + (f" in parts of {parts:,}" if parts else ""),
         f"{where.name}: {count}, {where.n_hosts} host(s)",
-        f"mesh {n_data} x {n_latent} (data x latent): {plan.why}",
+        f"mesh {n_data} x {n_latent} (data x latent){idle}: {plan.why}",
     ]
 
 
@@ -151,7 +152,8 @@ def _run(plan: Plan) -> list[str]:
     is_cpu = plan.topology.platform == "cpu"
     unit = "hours of this machine" if is_cpu else "chip-hours"
     return [
-        f"{plan.rows_per_day:.3g} rows (tokens) a day; {config.rows:,} rows in "
+        ("" if plan.fits else "if it did fit: ")
+        + f"{plan.rows_per_day:.3g} rows (tokens) a day; {config.rows:,} rows in "
         f"{_days(plan.days)}, {plan.chip_hours:,.0f} {unit}",
         f"largest batch that fits: {_rows(batch)}; micro-batch of this one: "
         f"{_rows(part)} (analytic model, powers of two)",
@@ -161,17 +163,18 @@ def _run(plan: Plan) -> list[str]:
 def _meshes(plan: Plan) -> list[str]:
     if not plan.others:
         return []
-    lines = ["other meshes, GiB of a device and seconds of a step at published figures"]
+    dead = f", {DEAD:.0%} dead" if plan.best.step.has_aux else ""
+    lines = [f"{'meshes':>14}{'GiB':>12}{'seconds':>12}  (of a device and step{dead})"]
     for option in (plan.best, *plan.others[:_MOST_OTHERS]):
-        lines.append(_mesh(option))
+        lines.append(_mesh(option, plan.efficiency))
     return lines
 
 
-def _mesh(option: Option) -> str:
+def _mesh(option: Option, efficiency: float) -> str:
     shape = " x ".join(map(str, option.shape))
     verdict = "" if option.fits else "  does not fit"
     peak = option.peak_bytes / _GIB
-    return f"{shape:>14}{peak:12.2f}{option.cost.seconds:12.4g}{verdict}"
+    return f"{shape:>14}{peak:12.2f}{option.cost.seconds / efficiency:12.4g}{verdict}"
 
 
 def _megabytes(moved: Iterable[dict]) -> str:
