@@ -72,12 +72,13 @@ def _refuse_another_run(meta: Meta, setup: Setup, path: str) -> None:
     """ValueError if the checkpoint is of a run that `setup` does not go on with."""
     was, now = dataclasses.asdict(meta.config), dataclasses.asdict(setup.config)
     for name, old, new in _differences(was, now):
-        depends_on_end = name == "rows" and setup.config.optimizer.decay_rows
-        if depends_on_end or not f"{name}.".startswith(_PREFIXES):
+        is_of_end = name == "rows" and bool(setup.config.optimizer.decay_rows)
+        if is_of_end or not f"{name}.".startswith(_PREFIXES):
+            may = "rows may not, as optimizer.decay_rows counts from the end"
             raise ValueError(
                 f"{path}: this run has {name} = {old!r}, now {new!r} is asked: "
-                "resume with the same config, or choose another workdir; only "
-                f"{', '.join(_MAY_CHANGE)} may change"
+                "resume with the same config, or choose another workdir; "
+                + (may if is_of_end else f"only {', '.join(_MAY_CHANGE)} may change")
             )
     if meta.store_identity != setup.store_identity:
         raise ValueError(

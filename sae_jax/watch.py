@@ -79,7 +79,8 @@ class Watch:
                 self._say(n_beats)
                 said = self._hear()
             except jax.errors.JaxRuntimeError:
-                return  # the store is gone: jax is about to end this process
+                heard.clear()  # nobody else's fault
+                continue  # where the store is gone for good, jax ends this process
             now = time.monotonic()
             for process, value in said.items():
                 if heard.get(process, ("", 0.0))[0] != value:

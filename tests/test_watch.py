@@ -4,9 +4,10 @@ import json
 import os
 import time
 
+import jax
 import pytest
 
-from sae_jax import watch
+from sae_jax import exits
 from sae_jax.exits import FAILED, PEER_LOST
 from sae_jax.watch import Watch
 
@@ -74,6 +75,21 @@ def test_one_that_is_silent_is_named_with_where_it_was(ends, capfd):
     assert "since step 7: it was killed, or its machine hangs; run the same" in error
 
 
+def test_a_store_that_fails_once_ends_no_watch(ends, monkeypatch):
+    store, n_failures = Store(), iter([True, False])
+    store.say(0, n_done=7)
+    get = store.key_value_dir_get
+
+    def fail(folder):
+        if next(n_failures, False):
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE")
+        return get(folder)
+
+    monkeypatch.setattr(store, "key_value_dir_get", fail)
+    run(store, ends)
+    assert ends == [PEER_LOST]
+
+
 def test_those_that_say_something_are_left_in_peace(ends):
     store = Store()
     run(store, ends, secs=1.5, say=lambda _, beat: store.say(0, n_done=beat, beat=beat))
@@ -137,6 +153,6 @@ def test_a_run_that_moves_does_not_stall(ends):
 
 
 def test_one_without_its_supervisor_ends(ends, monkeypatch):
-    monkeypatch.setenv(watch.SUPERVISOR, str(os.getppid() + 1))
+    monkeypatch.setenv(exits.SUPERVISOR, str(os.getppid() + 1))
     run(Store(), ends)
     assert ends == [PEER_LOST]

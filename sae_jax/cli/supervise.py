@@ -24,6 +24,18 @@ def run(start_timeout_secs: int) -> int:
     Signals go to the child. Where one ends it, it ends this process too.
     """
     told, tell = os.pipe()
+    child: subprocess.Popen | None = None
+    early: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        del frame
+        if child is None:
+            early.append(number)
+        else:
+            child.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, forward)
     child = subprocess.Popen(
         [sys.executable, *sys.orig_argv[1:]],
         env=os.environ | {SUPERVISOR: str(os.getpid()), MET_PIPE: str(tell)},
@@ -31,13 +43,8 @@ def run(start_timeout_secs: int) -> int:
         process_group=0,  # else a terminal's Ctrl-C would come twice
     )
     os.close(tell)
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        del frame
-        child.send_signal(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward)
+    for each in early:
+        child.send_signal(each)
     code = child.wait()
     with os.fdopen(told, "rb") as pipe:
         met = json.loads(pipe.read() or b"{}")
@@ -56,7 +63,7 @@ def _tell_abort(met: dict, start_timeout_secs: int) -> str:
         return (
             f"not all processes met within {start_timeout_secs} s: see that every one "
             "is started, with the same number of processes and a number of its own, "
-            "and reaches the coordinator"
+            "and reaches the coordinator (the lines above are jax's)"
         )
     if met["process"] == 0:
         return f"process 0: another process is lost, see the lines above; {AGAIN}"
