@@ -129,6 +129,8 @@ def _prove(
     def sort_few() -> Code:
         (rows,) = jnp.nonzero(is_unproven_b, size=few, fill_value=n_rows)
         again = _sort(latents, x_bd.at[rows].get(mode="clip"), choice.k)
+        # libtpu aborts where what is scattered is gathered in the same fusion.
+        again = lax.optimization_barrier(again)
         values_bk, columns_bk = (
             old.at[rows].set(new, mode="drop") for old, new in zip(code, again)
         )
