@@ -44,8 +44,9 @@ def join(cluster: Cluster) -> Iterator[None]:
             num_processes=cluster.n_processes,
             process_id=cluster.process,
             initialization_timeout=cluster.start_timeout_secs,
-            # Later than the watch, which knows who is silent.
-            heartbeat_timeout_seconds=max(2, round(2 * cluster.peer_timeout_secs)),
+            # Later than the watch, which knows who is silent. Heartbeats come twice in
+            # this time: half of it may have gone by when a process dies.
+            heartbeat_timeout_seconds=max(4, round(4 * cluster.peer_timeout_secs)),
         )
     except ValueError as error:
         raise ValueError(

@@ -12,7 +12,7 @@ Each ends this process, with one line that names the other and what it did last.
 
 What is said goes through the key-value store of `jax.distributed`, which process 0
 holds. When that is gone jax aborts every other process within seconds, or, if it only
-hangs, after twice `peer_timeout_secs`: see `sae_jax.cli.supervise`.
+hangs, after four times `peer_timeout_secs`: see `sae_jax.cli.supervise`.
 """
 
 import json
