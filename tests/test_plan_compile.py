@@ -62,6 +62,14 @@ POINTS = {
         None,
         dict(n_latents=2_097_152, d_model=1024, k=64, multi_topk=True),
     ),
+    "v5e, exact": (
+        "tpu:v5e-8",
+        (1, 8),
+        8192,
+        None,
+        None,
+        dict(n_latents=524_288, d_model=768, k=32, selection="exact"),
+    ),
 }
 # The worked example of docs/plan.md; on v6e without AuxK, for it is the smaller pod.
 PODS = {
@@ -91,7 +99,7 @@ pytestmark = [
 
 def make_config(rows, microbatch_rows, clip_norm, sae):
     return TrainConfig(
-        sae=SaeConfig(selection="bucketed", **sae),
+        sae=SaeConfig(**{"selection": "bucketed"} | sae),
         data=DataConfig(batch_rows=rows, microbatch_rows=microbatch_rows, lanes=1),
         optimizer=OptimizerConfig(clip_norm=clip_norm),
         rows=1000 * rows,
@@ -122,6 +130,14 @@ def test_the_model_agrees_with_the_compiler(point):
 def test_a_step_of_16_m_latents_compiles_for_a_pod(pod):
     topology, mesh_shape, rows, sae = PODS[pod]
     check_agreement(make_config(rows, None, None, sae), topology, mesh_shape)
+
+
+def test_an_exact_choice_of_many_compiles():
+    """libtpu aborts if a gather gets into the scatter of what was chosen for again."""
+    sae = dict(n_latents=65_536, d_model=512, k=128, selection="exact")
+    config = make_config(4096, None, None, sae | {"aux_coefficient": 0.0})
+    assert Step(config, 1, 4, "tpu").choice.n_buckets == 512
+    assert compile_step(config, parse("tpu:v5p-8"), (1, 4)).fits
 
 
 def test_what_does_not_fit_is_an_answer():

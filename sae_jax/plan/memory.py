@@ -78,14 +78,19 @@ def peak(step: Step) -> int:
 
 
 def _choose(step: Step) -> Bytes:
-    """Rounded W_enc, the rows, one tile of pre-activations and its candidates."""
+    """Rounded W_enc, the rows, one tile of pre-activations and its candidates.
+
+    The exact choice sorts tiles: values, and their columns, stand beside them. A CPU
+    sorts a row at a time.
+    """
     choice = step.choice
+    n_tiles = 3 if choice.method == "exact" and step.platform != "cpu" else 1
     tile_rows = min(choice.tile_rows, step.part_rows)
     n_candidates = choice.n_buckets * choice.kept or 2 * choice.k
     return {
         "rounded weights": _rounded(step),
         "rows": 2 * _part(step) + _rounded_part(step),
-        "tile of pre-activations": 4 * tile_rows * choice.tile_latents,
+        "tile of pre-activations": 4 * tile_rows * choice.tile_latents * n_tiles,
         "buckets": 2 * 8 * tile_rows * n_candidates,
         "code": 2 * 8 * step.part_rows * choice.k,
     }
