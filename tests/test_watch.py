@@ -75,19 +75,26 @@ def test_one_that_is_silent_is_named_with_where_it_was(ends, capfd):
     assert "since step 7: it was killed, or its machine hangs; run the same" in error
 
 
-def test_a_store_that_fails_once_ends_no_watch(ends, monkeypatch):
-    store, n_failures = Store(), iter([True, False])
-    store.say(0, n_done=7)
-    get = store.key_value_dir_get
+@pytest.mark.parametrize("is_silent", [True, False])
+def test_a_store_that_fails_for_a_while_is_no_ones_silence(
+    is_silent, ends, monkeypatch
+):
+    """And the watch goes on."""
+    store, began, get = Store(), time.monotonic(), Store.key_value_dir_get
 
-    def fail(folder):
-        if next(n_failures, False):
+    def fail(self, folder):
+        if 0.3 < time.monotonic() - began < 1.3:
             raise jax.errors.JaxRuntimeError("UNAVAILABLE")
-        return get(folder)
+        return get(self, folder)
 
-    monkeypatch.setattr(store, "key_value_dir_get", fail)
-    run(store, ends)
-    assert ends == [PEER_LOST]
+    def say(own, beat):
+        is_failing = 0.2 < time.monotonic() - began < 1.4
+        if beat == 1 or not is_silent and not is_failing:
+            store.say(0, n_done=beat, beat=beat)
+
+    monkeypatch.setattr(Store, "key_value_dir_get", fail)
+    run(store, ends, peer=0.6, secs=3.0, say=say)
+    assert ends == [PEER_LOST] * is_silent
 
 
 def test_those_that_say_something_are_left_in_peace(ends):
