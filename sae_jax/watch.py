@@ -95,8 +95,6 @@ class Watch:
 
     def _judge(self, process: int, state: dict[str, Any], silent_secs: float) -> None:
         who = f"process {process} ({state['host']}, pid {state['pid']})"
-        if process == self._process:
-            return
         if "left" in state:
             self._end(f"{who} stopped: {state['message']}", state["left"])
         if silent_secs > self._peer_secs:

@@ -165,8 +165,10 @@ class Stage:
         self, launcher: str, *arguments: object, under: tuple[str, ...] = ()
     ) -> subprocess.Popen:
         script = self.root / "launch" / f"{launcher}.py"
-        # Where tests run in the background SIGINT is ignored, and launchers heed that.
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Where tests run in the background, or under nohup, these are ignored, and
+        # launchers heed that.
+        numbers = (signal.SIGINT, signal.SIGHUP)
+        before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
         try:
             return subprocess.Popen(
                 [*under, self.bin / "python", script, *map(str, arguments)],
@@ -178,7 +180,8 @@ class Stage:
                 stderr=subprocess.PIPE,
             )
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
 
     def run(self, launcher: str, *arguments: object) -> subprocess.CompletedProcess:
         process = self.start(launcher, *arguments)

@@ -14,13 +14,12 @@ from sae_jax.config import DataConfig, OptimizerConfig, SaeConfig, TrainConfig
 # process a flag can be given to one command only.
 DRIVER = '''
 import contextlib, io, json, sys
-from sae_jax import cli, config
-from sae_jax.cli import train as command
+from sae_jax import cli, config, loop
 
 def show(config_of_run, workdir, profile_steps=None):
     print(config.to_json(config.checked(config_of_run)))
 
-command.train = show
+loop.train = show
 for arguments in json.load(sys.stdin):
     sys.argv = ["sae-jax", "train", "--workdir=run", "--config=run.py", *arguments]
     out = io.StringIO()
