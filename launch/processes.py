@@ -21,7 +21,7 @@ _BY_SIGNAL = 128  # a status above it is that of a death by signal, as in a shel
 _BY_SIGTERM = _BY_SIGNAL + signal.SIGTERM
 _TOLD = {
     PREEMPTED: "was preempted (75)",
-    PEER_LOST: "lost another process (76)",
+    PEER_LOST: "lost another process or its bucket (76)",
     _STOPPED: "was stopped by Ctrl-C (130)",
 }
 _POLL_SECS = 0.05

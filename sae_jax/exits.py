@@ -4,10 +4,12 @@ This module imports nothing that takes long: the process that only waits for ano
 (`sae_jax.cli.supervise`) needs it.
 """
 
+import errno
+
 FAILED = 1
 MISUSED = 2
 PREEMPTED = 75
-PEER_LOST = 76
+PEER_LOST = 76  # another process, or the bucket of the run
 STOPPED = 130  # as a shell tells of a process that SIGINT ended
 
 AGAIN = "run the same command again to go on from the last checkpoint"
@@ -24,3 +26,9 @@ class Preempted(Exception):
 
 class PeerLost(Exception):
     """Another process of the run is gone."""
+
+
+def is_of_network(error: BaseException) -> bool:
+    """Whether the same command may well go on later: what it needs was not reached."""
+    is_unreachable = isinstance(error, OSError) and error.errno == errno.EHOSTUNREACH
+    return is_unreachable or isinstance(error, PeerLost)

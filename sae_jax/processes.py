@@ -20,7 +20,14 @@ from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
 from sae_jax.config import Cluster
-from sae_jax.exits import FAILED, MET_PIPE, PEER_LOST, PeerLost, Preempted
+from sae_jax.exits import (
+    FAILED,
+    MET_PIPE,
+    PEER_LOST,
+    PeerLost,
+    Preempted,
+    is_of_network,
+)
 from sae_jax.watch import Watch
 
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
@@ -145,7 +152,7 @@ def _leave(watch: Watch, error: BaseException, peer_timeout_secs: float) -> None
         # who it was, and ends this process.
         time.sleep(peer_timeout_secs + 3 * watch.beat_secs)
     if not _is_of_devices(error):
-        watch.leave(FAILED, message)
+        watch.leave(PEER_LOST if is_of_network(error) else FAILED, message)
         return
     watch.leave(PEER_LOST, message)
     raise PeerLost(f"what all processes do together broke: {message}") from error

@@ -1,5 +1,6 @@
 """The dispatcher: help, lazy commands, and expected errors in one line."""
 
+import errno
 import json
 import os
 import subprocess
@@ -7,6 +8,8 @@ import sys
 
 import pytest
 
+from sae_jax import exits
+from sae_jax.cli import errors
 from sae_jax.config import TrainConfig, settings_of
 
 # Runs the dispatcher once for each list of arguments on stdin, in one process because
@@ -156,3 +159,22 @@ def test_every_command_has_a_module():
 
     for command in COMMANDS:
         assert find_spec(f"sae_jax.cli.{command}") is not None
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (ValueError("bad"), 1),
+        (OSError("disk"), 1),
+        (errors.Misuse("what"), 2),
+        (exits.Preempted("saved"), 75),
+        (exits.PeerLost("gone"), 76),
+        (OSError(errno.EHOSTUNREACH, "the bucket"), 76),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_the_exit_code_tells_what_to_do_next(error, code, capsys):
+    with pytest.raises(SystemExit) as stop, errors.in_one_line("sae-jax x"):
+        raise error
+    assert stop.value.code == code
+    assert capsys.readouterr().err.count("\n") == 1

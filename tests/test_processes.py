@@ -1,5 +1,6 @@
 """Several processes on one mesh: the same run, and nobody waits for ever."""
 
+import errno
 import signal
 import time
 import types
@@ -179,6 +180,7 @@ def test_without_a_cluster_nothing_is_started(planted_store, tmp_path):
     [
         (ValueError("bad"), None, FAILED, False),
         (OSError("no checkpoint"), OSError("disk full"), FAILED, False),
+        (OSError(errno.EHOSTUNREACH, "no bucket"), None, PEER_LOST, False),
         (OSError("no checkpoint"), JaxRuntimeError("UNAVAILABLE"), FAILED, True),
         (JaxRuntimeError("Gloo: closed"), None, PEER_LOST, True),
         (JaxRuntimeError("RESOURCE_EXHAUSTED: x"), None, FAILED, False),

@@ -95,7 +95,7 @@ def _status(error: BaseException) -> int:
         return exits.STOPPED
     if isinstance(error, exits.Preempted):
         return exits.PREEMPTED
-    if isinstance(error, exits.PeerLost):
+    if exits.is_of_network(error):
         return exits.PEER_LOST
     is_misuse = isinstance(error, Misuse | flags.Error)
     return exits.MISUSED if is_misuse else exits.FAILED
