@@ -44,6 +44,7 @@ assert LATENTS * WIDTH > 2**31 and ROWS >= 8 * WIDTH
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1800),  # minutes each, and more beside other tests
     pytest.mark.skipif(
         importlib.util.find_spec("libtpu") is None,
         reason="libtpu is not installed: pip install 'jax[tpu]'",
