@@ -199,7 +199,7 @@ def test_what_a_lost_peer_may_have_caused_waits_for_the_watch(
             processes._leave(watch, error, 7)
     else:
         processes._leave(watch, error, 7)
-    assert slept == [10] * is_patient and left == [(code, str(error))]
+    assert slept == [14] * is_patient and left == [(code, str(error))]
 
 
 def test_processes_meet_before_any_device_is_asked_for():
