@@ -76,7 +76,7 @@ def test_a_run_goes_on_in_more_processes(saved, continued, planted_store, tmp_pa
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    "n_kills, n_steps", [(2, 12), pytest.param(20, 60, marks=pytest.mark.slow)]
+    "n_kills, n_steps", [(2, 20), pytest.param(20, 60, marks=pytest.mark.slow)]
 )
 def test_kills_while_saving_lose_and_mix_nothing(
     n_kills, n_steps, planted_store, tmp_path
@@ -89,12 +89,12 @@ def test_kills_while_saving_lose_and_mix_nothing(
     with start(whole) as pod:
         assert pod.wait() == [0, 0], pod.tell(0)
     assert find_steps(whole) == list(range(EVERY, n_steps + 1, EVERY))
-    torn = last = 0
-    for kill in range(n_kills):
+    torn = last = n_done = 0
+    while n_done < n_kills or not torn:  # a kill may come when all is written
         stale = find_unfinished(workdir)
         with start(workdir) as pod:
             wait_for_save(pod, stale, rng)
-            victims = [0, 1] if kill % 2 else [rng.randrange(2)]
+            victims = [0, 1] if n_done % 2 else [rng.randrange(2)]
             for victim in victims:
                 pod.send(victim, signal.SIGKILL)
             codes = pod.wait()
@@ -106,7 +106,7 @@ def test_kills_while_saving_lose_and_mix_nothing(
             assert_same(read_all(workdir, step), read_all(whole, step))
         assert max(steps, default=0) >= last
         last = max(steps, default=0)
-    assert torn, "no kill met a checkpoint that was being written"
+        n_done += 1
     with start(workdir) as pod:
         assert pod.wait() == [0, 0], pod.tell(0)
     assert_same(read_all(workdir, n_steps), read_all(whole, n_steps))
