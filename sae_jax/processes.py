@@ -7,6 +7,7 @@ span them all. Process 0 alone writes and tells.
 import contextlib
 import json
 import os
+import re
 import time
 import zlib
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from sae_jax.exits import (
 from sae_jax.watch import Watch
 
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+_STATUS = re.compile("(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UN[A-Z]+): ")
 _MEETING_MSECS = 24 * 3600 * 1000
 
 
@@ -159,8 +161,11 @@ def _leave(watch: Watch, error: BaseException, peer_timeout_secs: float) -> None
 
 
 def _is_of_devices(error: BaseException | None) -> bool:
-    is_jaxs = isinstance(error, jax.errors.JaxRuntimeError)
-    return is_jaxs and _OUT_OF_MEMORY not in str(error)
+    """jax raises some failures of collectives as ValueError, with their status."""
+    text = str(error)
+    has_status = isinstance(error, ValueError) and bool(_STATUS.match(text))
+    is_jaxs = isinstance(error, jax.errors.JaxRuntimeError) or has_status
+    return is_jaxs and _OUT_OF_MEMORY not in text
 
 
 def _tell_supervisor() -> None:
