@@ -115,7 +115,7 @@ def test_kills_while_saving_lose_and_mix_nothing(
 
 def wait_for_save(pod, stale, rng):
     """Until a checkpoint is being written, and a moment more."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 280
     while not find_unfinished(pod.workdir) - stale:
         assert time.monotonic() < end, pod.tell(0)
         time.sleep(0.001)

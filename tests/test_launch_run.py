@@ -67,7 +67,7 @@ class Launched:
         return self._err.read_text().splitlines()
 
     def wait_for(self, is_so) -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 280
         while not is_so():
             assert self._launcher.poll() is None, self._out.read_text()
             assert time.monotonic() < end, self._out.read_text()

@@ -181,7 +181,7 @@ def test_a_kill_in_mid_save_loses_no_more_than_that_save(
 ):
     store, local, expected = undisturbed
     child = start(store, bucket, moment)
-    assert child.wait(120) == -signal.SIGKILL, child.stderr.read().decode()
+    assert child.wait(280) == -signal.SIGKILL, child.stderr.read().decode()
     child.stderr.close()
     assert list_steps(bucket) == ({8, 16}, {8})
     assert run.locate(bucket)[1] == 8
@@ -202,7 +202,7 @@ def test_kills_at_random_moments(n_kills, bucket, undisturbed):  # noqa: F811
     config = make_config(store, checkpoint_every_steps=2)
     for _ in range(n_kills):
         child = start(store, bucket)
-        earlier, end = list_steps(bucket), time.monotonic() + 120
+        earlier, end = list_steps(bucket), time.monotonic() + 280
         while list_steps(bucket) == earlier and child.poll() is None:
             assert time.monotonic() < end
             time.sleep(0.02)
@@ -278,7 +278,7 @@ def test_processes_share_a_bucket(bucket, undisturbed, tmp_path):  # noqa: F811
     store, metrics = undisturbed[0], undisturbed[1] / "metrics.jsonl"
     arguments = ("--peer_timeout_secs=5", f"--workdir={bucket}")
     with pods.Pod(tmp_path / "run", store, 2, 4, *arguments) as pod:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 280
         while not list_steps(bucket)[1]:
             assert time.monotonic() < end, pod.tell(0)
             time.sleep(0.05)

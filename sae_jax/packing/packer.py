@@ -212,7 +212,7 @@ class _Split:
         self._owners, self._lengths = left.tolist(), lengths.tolist()
 
     def _check_tokens(self, text: Ids) -> None:
-        if len(text) and (token := int(text.max())) >= self._layout.vocab_size:
+        if len(text) and (token := int(np.max(text))) >= self._layout.vocab_size:
             raise ValueError(
                 f"the tokenizer gave token {token}, and the subject's are 0 to "
                 f"{self._layout.vocab_size - 1}: its tokenizer does not fit it; take "
