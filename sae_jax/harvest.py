@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sae_jax.config.fields import check_at_least
 from sae_jax.packing import Layout, pack
 from sae_jax.progress import Progress
 from sae_jax.readout import read_shards
@@ -151,7 +152,7 @@ def plan_store(
     shard, max_rows = settings["rows_per_shard"], settings["max_rows"]
     least = {"context_length": 1, "heldout_every": 2, "rows_per_chunk": 1, "seed": 0}
     for name, lowest in least.items():
-        _check_at_least(name, settings[name], lowest)
+        check_at_least(name, settings[name], lowest)
     if t > subject.context_length:
         raise ValueError(
             f"context_length = {t} is more than the subject's {subject.context_length}"
@@ -181,18 +182,13 @@ def plan_store(
 
 
 def _check_share(batch_contexts: int, process: int, n_processes: int) -> None:
-    _check_at_least("batch_contexts", batch_contexts, 1)
-    _check_at_least("n_processes", n_processes, 1)
+    check_at_least("batch_contexts", batch_contexts, 1)
+    check_at_least("n_processes", n_processes, 1)
     if not 0 <= process < n_processes:
         raise ValueError(
             f"process = {process} of n_processes = {n_processes}: the first is 0, the "
             f"last {n_processes - 1}"
         )
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} = {value}: must be at least {least}")
 
 
 def _limit(manifest: Manifest, max_gb: float) -> None:

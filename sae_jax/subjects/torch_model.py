@@ -7,7 +7,7 @@ The model runs in torch, on a GPU if torch has one; its sites are those that
 `torch_sites` finds. Nothing in a folder is ever executed or unpickled.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,9 @@ from tokenizers import Tokenizer
 
 from sae_jax.subjects import torch_folder
 from sae_jax.subjects.display import display_token
-from sae_jax.subjects.sites import KINDS, Site, parse_site
+from sae_jax.subjects.sites import KINDS, Replacement, Site, parse_site
 from sae_jax.subjects.torch_hooks import Block, hook_sites
 from sae_jax.subjects.torch_sites import find_blocks, tell_missing
-
-Replacement = Callable[[jax.Array, jax.Array], jax.Array]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
