@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_jax.config.fields import check_at_least
-from sae_jax.packing import Layout, pack
+from sae_jax.packing import TOKEN_BYTES, Layout, pack
 from sae_jax.progress import Progress
 from sae_jax.readout import read_shards
 from sae_jax.store import (
@@ -31,6 +31,7 @@ from sae_jax.store import (
     choose_manifest,
     open_store,
 )
+from sae_jax.store.layout import list_row_arrays
 from sae_jax.subjects import AnySubject
 from sae_jax.text import Corpus
 
@@ -80,7 +81,7 @@ def harvest(
         sites: as `resid_post.3`.
         context_length: tokens in a context; None: the subject's.
         max_rows: of both splits together; None: all the text gives.
-        max_gb: the store's size, at most, in 10^9 bytes; None: any.
+        max_gb: the size of rows and text, at most, in 10^9 bytes; None: any.
         dtype: `bfloat16`, or `int8` with a scale for each row.
         packing: `joined` or `padded`, see `sae_jax.packing`.
         bos: what the beginning-of-sequence token leads: each `document`, each
@@ -117,6 +118,7 @@ def harvest(
             subject.context_length if context_length is None else context_length
         ),
         max_rows=max_rows,
+        max_gb=max_gb,
         dtype=dtype,
         packing=packing,
         bos=bos,
@@ -127,8 +129,6 @@ def harvest(
         seed=seed,
     )
     _check_share(batch_contexts, process, n_processes)
-    if max_gb is not None:
-        _limit(manifest, max_gb)
     begun = choose_manifest(folder, manifest)
     if process and not begun.is_packed:
         begun = wait_for_text(folder, manifest, wait_secs, progress)
@@ -167,7 +167,7 @@ def plan_store(
             f"max_rows = {max_rows} is less than two contexts of {t}, one for each "
             f"split: make it at least {2 * t}"
         )
-    return Manifest(
+    manifest = Manifest(
         subject={
             "name": subject.name,
             "identity": subject.identity,
@@ -179,6 +179,8 @@ def plan_store(
         contexts_per_shard=max(1, shard // t),
         **settings,
     )
+    _check_size(manifest)
+    return manifest
 
 
 def _check_share(batch_contexts: int, process: int, n_processes: int) -> None:
@@ -191,20 +193,23 @@ def _check_share(batch_contexts: int, process: int, n_processes: int) -> None:
         )
 
 
-def _limit(manifest: Manifest, max_gb: float) -> None:
-    """Lowers `max_rows` so that the store takes no more than `max_gb`."""
-    overhead = 16 + 4 * (manifest.dtype == "int8") * len(manifest.sites)
-    size = {"bfloat16": 2, "int8": 1}[manifest.dtype]
-    # A row, its position, and a token with its document.
-    row_bytes = size * sum(manifest.sites.values()) + overhead
-    rows = int(max_gb * _GB / row_bytes)
-    if rows < 2 * manifest.context_length:
+def _check_size(manifest: Manifest) -> None:
+    if manifest.max_gb is None:
+        return
+    size = _count_row_bytes(manifest) + TOKEN_BYTES
+    rows = int(manifest.max_gb * _GB / size)
+    least = 2 * max(manifest.context_length, manifest.rows_per_chunk)
+    if rows < least:
         raise ValueError(
-            f"max_gb = {max_gb:g} holds {rows} rows of {row_bytes} bytes, and two "
-            f"contexts of {manifest.context_length} are the least: raise it"
+            f"max_gb = {manifest.max_gb:g} holds {rows} rows of {size} bytes, and the "
+            f"least is {least}, a context and a chunk of each split: raise it"
         )
-    asked = rows if manifest.max_rows is None else manifest.max_rows
-    manifest.max_rows = min(rows, asked)
+
+
+def _count_row_bytes(manifest: Manifest) -> int:
+    """What a row takes, with its position and its scales."""
+    arrays = list_row_arrays(manifest)
+    return sum(array.item_bytes for array in arrays)
 
 
 def wait_for_text(
@@ -255,6 +260,8 @@ def write_text(
         layout,
         heldout_every=manifest.heldout_every,
         max_rows=manifest.max_rows,
+        max_bytes=None if manifest.max_gb is None else int(manifest.max_gb * _GB),
+        row_bytes=_count_row_bytes(manifest),
         rows_per_chunk=manifest.rows_per_chunk,
         sequences_per_block=manifest.contexts_per_shard,
     )

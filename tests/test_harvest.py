@@ -352,17 +352,30 @@ def test_each_file_of_text_gives_the_first_process_more_time(
     assert 45 <= now <= 51
 
 
-def test_the_size_is_limited(store, tmp_path):
-    part = run_harvest(tmp_path / "part", max_gb=2e-5)
-    size = sum(len(data) for data in read_folder(tmp_path / "part").values())
+@pytest.mark.parametrize("packing", ["joined", "padded"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_the_size_is_limited(tmp_path, packing, dtype):
+    part = run_harvest(tmp_path / "part", max_gb=2e-5, packing=packing, dtype=dtype)
     rows = sum(part.manifest.rows.values())
-    assert 0.8 * 2e4 < rows * (2 * 16 + 16) <= 2e4 < size  # beside small files
+    n_contexts = sum(text["contexts"] for text in part.manifest.text_shards)
+    row_bytes = {"bfloat16": 2 * 16 + 8, "int8": 16 + 2 * 4 + 8}[dtype]
+    # A chunk of 16 rows of each split may be missing, and a context of each.
+    assert 0.85 * 2e4 < rows * row_bytes + n_contexts * 8 * 16 <= 2e4
+    size = sum(len(data) for data in read_folder(tmp_path / "part").values())
+    assert size > 2e4  # with small files
+
+
+def test_a_limit_of_the_size_is_a_setting(store, tmp_path):
     with pytest.raises(ValueError, match="max_gb = 1e-06 holds 20 rows of 48 bytes"):
         run_harvest(tmp_path / "small", max_gb=1e-6)
     with pytest.raises(ValueError, match="holds 25 rows of 40 bytes"):  # with scales
         run_harvest(tmp_path / "small", max_gb=1e-6, dtype="int8")
+    with pytest.raises(ValueError, match="holds 41 rows .* least is 64, a .* chunk"):
+        run_harvest(tmp_path / "small", max_gb=2e-6, rows_per_chunk=32)
     both = run_harvest(tmp_path / "both", max_gb=1, max_rows=330)
     assert both.manifest.max_rows == 330
+    with pytest.raises(ValueError, match="begun with max_gb = 1, this harvest has 2"):
+        run_harvest(tmp_path / "both", max_gb=2, max_rows=330)
 
 
 @pytest.mark.parametrize("packing", ["joined", "padded"])

@@ -147,6 +147,43 @@ def test_every_layout_is_as_the_slow_packer_has_it(
         assert kept[:-1].sum() < rows[split] <= kept.sum()
 
 
+@pytest.mark.parametrize("packing, bos, excluded_ids", LAYOUTS)
+@pytest.mark.parametrize("chunk, max_rows", [(1, None), (16, None), (16, 160)])
+def test_bytes_are_limited_to_the_last_chunk(
+    tokenizer, packing, bos, excluded_ids, chunk, max_rows
+):
+    """In every split as many chunks of rows as there is room for, with contexts."""
+    max_bytes, row_bytes, context_bytes = 12_000, 23, 8 * T
+    layout = make_layout(packing=packing, bos=bos, excluded_ids=excluded_ids)
+    settings = {"rows_per_chunk": chunk, "max_rows": max_rows}
+    settings |= {"max_bytes": max_bytes, "row_bytes": row_bytes}
+    documents = make_documents(150)
+    _, every = run(tokenizer, documents, layout)
+    runs = [
+        run(tokenizer, documents, layout, **settings, sequences_per_block=size)
+        for size in (1, 4, 1000)
+    ]
+    assert all(packer.names == runs[0][0].names for packer, _ in runs)
+    most = max_bytes // (row_bytes + 8)
+    n_chunks = (most if max_rows is None else min(most, max_rows)) // chunk
+    n_heldout = max(1, round(n_chunks / EVERY))
+    chunks = {"train": n_chunks - n_heldout, "heldout": n_heldout}
+    for split in SPLITS:
+        tokens, owners = join(every, split)
+        kept = is_row(np.array(tokens), np.array(owners), excluded_ids).sum(1)
+        starts = np.cumsum(kept) - kept
+
+        def count_bytes(n_rows, starts=starts):
+            return (starts < n_rows).sum() * context_bytes + n_rows * row_bytes
+
+        budget, quota = max_bytes * chunks[split] / n_chunks, chunks[split] * chunk
+        fits = [n for n in range(0, quota + 1, chunk) if count_bytes(n) <= budget]
+        for packer, blocks in runs:
+            assert packer.rows[split] == max(fits) > 0
+            n_contexts = int((starts < max(fits)).sum())
+            assert join(blocks, split)[0] == tokens[:n_contexts]
+
+
 @pytest.mark.parametrize("documents, characters", [(1, 2**20), (7, 100), (256, 1)])
 def test_what_is_tokenised_together_changes_nothing(
     tokenizer, monkeypatch, documents, characters
@@ -273,3 +310,13 @@ def test_text_that_fills_no_chunk_is_refused(tokenizer):
         run(tokenizer, documents, rows_per_chunk=32)
     with pytest.raises(ValueError, match="max_rows = 63 .* make it at least 64"):
         run(tokenizer, documents, rows_per_chunk=32, max_rows=63)
+    documents = [Document(f"{i}", "w3") for i in range(99)]
+    with pytest.raises(ValueError, match="room for 900 bytes of train, less .* 16 rows"):
+        run(
+            tokenizer,
+            documents,
+            make_layout(packing="padded", bos="none"),
+            rows_per_chunk=16,
+            max_bytes=1200,
+            row_bytes=8,
+        )

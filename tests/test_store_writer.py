@@ -161,6 +161,7 @@ OTHER_SETTINGS = {
     "excluded_ids": [3],
     "heldout_every": 4,
     "max_rows": 99,
+    "max_gb": 1.5,
     "seed": 1,
     "rows_per_shard": 128,
     "rows_per_chunk": 32,

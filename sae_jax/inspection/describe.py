@@ -63,6 +63,7 @@ def list_settings(inspection: Inspection) -> dict[str, str]:
     if inspection.bytes_per_row is not None:
         size += f", {inspection.bytes_per_row:,.0f} bytes a row"
     limit = "" if manifest.max_rows is None else f", at most {manifest.max_rows:,} rows"
+    limit += "" if manifest.max_gb is None else f", at most {manifest.max_gb:g} GB"
     return {
         "state": f"version {manifest.version}, {describe_state(inspection)}",
         "subject": f"{subject['name']}, identity {subject['identity'][:_SHORT]}, "

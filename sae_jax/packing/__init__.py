@@ -12,6 +12,6 @@ Every position is a row of the store but padding and the tokens of `excluded_ids
 """
 
 from sae_jax.packing.layout import Layout
-from sae_jax.packing.packer import Packer, pack
+from sae_jax.packing.packer import TOKEN_BYTES, Packer, pack
 
-__all__ = ["Layout", "Packer", "pack"]
+__all__ = ["TOKEN_BYTES", "Layout", "Packer", "pack"]

@@ -11,6 +11,7 @@ from sae_jax.packing.layout import Ids, Layout, lay
 from sae_jax.store import NO_DOCUMENT, SPLITS, Contexts, is_row
 from sae_jax.text import Document, is_heldout
 
+TOKEN_BYTES = 8  # of a position of a context: its token and its document
 # What is tokenised at once, by all cores: enough to keep them busy.
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 2**20
@@ -25,16 +26,29 @@ def pack(
     max_rows: int | None,
     rows_per_chunk: int,
     sequences_per_block: int,
+    max_bytes: int | None = None,
+    row_bytes: int = 0,
 ) -> "Packer":
-    """The documents' contexts: at most `max_rows` rows, in whole chunks of rows.
+    """The documents' contexts: at most `max_rows` rows, in whole chunks of rows, and
+    `max_bytes` of contexts and rows, of which each takes `row_bytes`.
 
     Of the chunks, one in `heldout_every` is for `heldout`. Blocks are of
     `sequences_per_block` contexts, but for the last of each split.
     """
+    if max_bytes is not None:  # padding makes it fewer
+        most = max_bytes // (row_bytes + TOKEN_BYTES)
+        max_rows = most if max_rows is None else min(most, max_rows)
     quota = _share(max_rows, rows_per_chunk, heldout_every)
+    sizes = rows_per_chunk, sequences_per_block, row_bytes
     splits = {
-        name: _Split(name, layout, quota[name], rows_per_chunk, sequences_per_block)
-        for name in SPLITS
+        name: _Split(
+            name,
+            layout,
+            n_rows,
+            None if max_bytes is None else max_bytes * n_rows // sum(quota.values()),
+            *sizes,
+        )
+        for name, n_rows in quota.items()
     }
     return Packer(documents, tokenizer, heldout_every, splits)
 
@@ -126,13 +140,18 @@ class _Split:
         name: str,
         layout: Layout,
         quota: int,
+        max_bytes: int | None,
         rows_per_chunk: int,
         sequences_per_block: int,
+        row_bytes: int,
     ):
         self.name = name
         self.n_documents = self.n_dropped = 0
         self._layout = layout
         self._quota = quota  # of rows
+        self._max_bytes = max_bytes  # of contexts and rows
+        self._context_bytes = TOKEN_BYTES * layout.context_length
+        self._row_bytes = row_bytes
         self._rows_per_chunk = rows_per_chunk
         self._sequences_per_block = sequences_per_block
         self._text = array("i")
@@ -141,7 +160,7 @@ class _Split:
         no_contexts = np.empty((0, layout.context_length), np.int32)
         self._tokens, self._documents = no_contexts, no_contexts
         self._starts = np.empty(0, np.int64)  # the rows before each, in the split
-        self._n_laid_rows = 0
+        self._n_laid_rows = self._n_laid_contexts = 0
 
     @property
     def is_full(self) -> bool:
@@ -161,15 +180,19 @@ class _Split:
         self._lengths.append(length)
         self.n_dropped += length
         self.n_documents += 1
-        # A token gives at most two rows, its own and that of a context's first.
-        may_be_full = self._n_laid_rows + 2 * len(self._text) >= self._quota
         a_block = self._sequences_per_block * self._layout.context_length
-        if may_be_full or len(self._text) >= a_block:
+        if self._may_be_full() or len(self._text) >= a_block:
             self._lay()
 
     def finish(self) -> None:
         """Lays what is left; ValueError if the split gives no chunk of rows."""
         self._lay()
+        if not self._quota:
+            raise ValueError(
+                f"max_gb has room for {self._max_bytes} bytes of {self.name}, less "
+                f"than a chunk of rows_per_chunk = {self._rows_per_chunk} rows takes "
+                "with its contexts: raise it, or lower rows_per_chunk"
+            )
         if not self.n_rows:
             raise ValueError(
                 f"the {self.name} documents give {self._n_laid_rows} rows in contexts "
@@ -194,6 +217,18 @@ class _Split:
             block = slice(first, first + size)
             yield Contexts(self.name, tokens[block], documents[block])
 
+    def _may_be_full(self) -> bool:
+        """Whether the text that is not laid yet may be the last that is wanted."""
+        # A token gives at most two rows, its own and that of a context's first.
+        n_rows = self._n_laid_rows + 2 * len(self._text)
+        if n_rows >= self._quota or self._max_bytes is None:
+            return n_rows >= self._quota
+        width = self._layout.context_length - len(self._layout.before_context)
+        n_contexts = len(self._text) // width + len(self._lengths)
+        n_contexts += self._n_laid_contexts
+        n_bytes = n_contexts * self._context_bytes + n_rows * self._row_bytes
+        return n_bytes >= self._max_bytes
+
     def _lay(self) -> None:
         """Text becomes contexts; what of joined text fills none is kept."""
         text = np.array(self._text, np.int32)
@@ -203,13 +238,28 @@ class _Split:
         tokens, documents, n_used = lay(self._layout, text, owners, lengths)
         rows = is_row(tokens, documents, self._layout.excluded_ids).sum(axis=1)
         starts = self._n_laid_rows + np.cumsum(rows) - rows
+        self._lower_quota(starts, starts + rows)
         self._n_laid_rows += int(rows.sum())
+        self._n_laid_contexts += len(rows)
         self._tokens = np.concatenate([self._tokens, tokens])
         self._documents = np.concatenate([self._documents, documents])
         self._starts = np.concatenate([self._starts, starts])
         self._text = array("i", text[n_used:].tobytes())
         left, lengths = np.unique(owners[n_used:], return_counts=True)
         self._owners, self._lengths = left.tolist(), lengths.tolist()
+
+    def _lower_quota(self, starts: np.ndarray, ends: np.ndarray) -> None:
+        """To the rows that there is room for, once these contexts, which hold rows
+        `starts` to `ends`, go beyond `max_bytes`."""
+        if self._max_bytes is None:
+            return
+        n_contexts = self._n_laid_contexts + 1 + np.arange(len(starts))
+        room = self._max_bytes - n_contexts * self._context_bytes
+        most = room // self._row_bytes  # rows beside so many contexts
+        if (is_over := ends > most).any():
+            first = int(is_over.argmax())
+            rows = int(max(starts[first], most[first]))
+            self._quota = min(self._quota, rows - rows % self._rows_per_chunk)
 
     def _check_tokens(self, text: Ids) -> None:
         if len(text) and (token := int(np.max(text))) >= self._layout.vocab_size:

@@ -54,6 +54,7 @@ class Manifest:
     excluded_ids: list[int] = dataclasses.field(default_factory=list)
     heldout_every: int
     max_rows: int | None
+    max_gb: float | None = None
     seed: int
     rows_per_shard: int
     rows_per_chunk: int
