@@ -6,9 +6,10 @@ Every position of the contexts that `sae_jax.packing` makes of the text is a row
 padding and, with `exclude_special`, special tokens. All sites are read in one pass.
 
 A harvest that was stopped, at any moment and in any way, goes on when it is run again
-with the same settings. Several processes, each told which of how many it is, share one
-store: the first packs the text, and then each writes shards of its own. However it was
-done, the bytes are the same.
+with the same settings; of a complete store it makes anew what is missing, all but the
+text. Several processes, each told which of how many it is, share one store: the first
+packs the text, and then each writes shards of its own. However it was done, the bytes
+are the same.
 """
 
 import hashlib
@@ -29,6 +30,7 @@ from sae_jax.store import (
     StoreWriter,
     Text,
     choose_manifest,
+    is_whole,
     open_store,
 )
 from sae_jax.store.layout import list_row_arrays
@@ -72,7 +74,7 @@ def harvest(
     """The store at `out` of the subject's activations at `sites` over the text.
 
     Begins the store, goes on with one that was begun with the same settings, or opens
-    one that is complete.
+    one that is complete, once it has made anew the files of rows that it lacks.
 
     Args:
         subject: where the activations are read.
@@ -132,9 +134,11 @@ def harvest(
     begun = choose_manifest(folder, manifest)
     if process and not begun.is_packed:
         begun = wait_for_text(folder, manifest, wait_secs, progress)
-    if begun.complete:
+    if begun.complete and is_whole(folder, begun):
         _tell(f"{str(folder)!r} is complete", progress)
         return open_store(out)
+    if begun.complete:
+        _tell(f"making anew what {str(folder)!r} lacks", progress)
     with StoreWriter(folder, manifest, process, n_processes) as writer:
         if not writer.manifest.is_packed:
             write_text(subject, corpus, writer, progress)

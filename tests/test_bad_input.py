@@ -101,7 +101,7 @@ CASES = {
     ),
     "no store named": ("inspect", "give one store: sae-jax inspect STORE"),
     "no store": ("inspect nothing", "no store at 'nothing'"),
-    "store with a torn shard": ("inspect torn", "c/1/0/0: restore"),
+    "store with a torn shard": ("inspect torn", "c/1/0/0: delete what"),
     "no run folder": ("evaluate nothing", "nothing"),
     "no argument": ("evaluate", "give one run folder"),
 }

@@ -203,6 +203,96 @@ def test_a_complete_store_is_opened(store, capsys, monkeypatch):
     assert read_folder(Path(store.path)) == before
 
 
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+SITE_FILES = {  # of a shard that is full and of the last, which is not
+    "rows": "acts/mlp_out.0/c/1/0/0",
+    "last rows": "acts/resid_post.0/c/LAST/0/0",
+    "positions": "positions/c/0/0/0",
+    "last positions": "positions/c/LAST/0/0",
+    "record": "shards/1/mlp_out.0.npz",
+    "statistics": "statistics/resid_post.0.npz",
+    "metadata": "acts/mlp_out.0/zarr.json",
+}
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "int8"])
+def whole(request, store, tmp_path_factory):
+    """A complete store, and how to harvest it."""
+    if request.param == "bfloat16":
+        return store, run_harvest
+    run = functools.partial(run_harvest, dtype="int8")
+    return run(tmp_path_factory.mktemp("whole") / "store"), run
+
+
+@pytest.mark.parametrize(
+    "damage, names",
+    [(Path.unlink, [name]) for name in SITE_FILES]
+    + [(Path.unlink, list(SITE_FILES))]
+    + [(cut, [name]) for name in ("rows", "last rows", "positions", "last positions")],
+)
+def test_what_a_complete_store_lacks_is_made_anew(whole, tmp_path, damage, names):
+    (store, run), path = whole, tmp_path / "store"
+    shutil.copytree(store.path, path)
+    last = str(len(store.manifest.row_shards) - 1)
+    for name in names:
+        damage(path / SITE_FILES[name].replace("LAST", last))
+    run(path)
+    assert read_folder(path) == read_folder(Path(store.path))
+
+
+def test_scales_are_made_anew(tmp_path):
+    store = run_harvest(tmp_path / "store", dtype="int8")
+    before = read_folder(tmp_path / "store")
+    (tmp_path / "store/scales/mlp_out.0/c/1/0").unlink()
+    assert run_harvest(store.path, dtype="int8") is not None
+    assert read_folder(tmp_path / "store") == before
+
+
+def test_a_store_is_not_complete_while_files_are_made_anew(
+    store, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "store"
+    shutil.copytree(store.path, path)
+    file = path / "acts/mlp_out.0/c/2/0/0"
+    with pytest.raises(ValueError, match="2/0/0 has .* bytes, not .*; delete it, if"):
+        cut(file)
+        open_store(path)
+    monkeypatch.setattr(StoreWriter, "finish", lambda writer: writer._commit())
+    run_harvest(path, progress=True)  # as if it were stopped before it is complete
+    err = capsys.readouterr().err
+    assert "making anew" in err
+    with pytest.raises(ValueError, match="still being written"):
+        open_store(path)
+    monkeypatch.undo()
+    stores.fail_after(monkeypatch, StoreWriter, "write_shard", 0, Stop)  # nothing left
+    run_harvest(path)
+    assert read_folder(path) == read_folder(Path(store.path))
+
+
+@pytest.mark.parametrize("processes", [(0, 1), (1, 0)])
+def test_each_process_makes_its_part_anew(store, tmp_path, processes):
+    path = tmp_path / "store"
+    shutil.copytree(store.path, path)
+    for shard in (0, 1):
+        (path / f"positions/c/{shard}/0/0").unlink()
+    parts = [run_harvest(path, process=p, n_processes=2) for p in processes]
+    assert parts[0] is None and parts[1] is not None
+    assert read_folder(path) == read_folder(Path(store.path))
+
+
+def test_damaged_text_is_not_made_anew(store, tmp_path):
+    path = tmp_path / "store"
+    shutil.copytree(store.path, path)
+    (path / "tokens/c/0/0").unlink()
+    for file in ("tokens/c/0/0", "positions/c/0/0/0"):
+        (path / file).unlink(missing_ok=True)
+        with pytest.raises(ValueError, match="tokens/c/0/0.* is missing; restore the"):
+            run_harvest(path)
+
+
 CHANGES = {
     "subject": {"subject": TinySubject(identity="tiny-2")},
     "corpus": {"documents": make_documents(41)},

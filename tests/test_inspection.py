@@ -489,9 +489,12 @@ def test_the_command_prints_and_fails_where_files_do(path, run, capsys, tmp_path
     found = json.loads(capsys.readouterr().out)
     assert found["sites"][SITE]["root_mean_square_norm"] > 0
     assert found["faults"] == {} and found["bytes_verified"] is None
-    for name in ("tokens/c/0/0", "positions/c/1/0/0"):
-        _flip(path / name, 3)
-    with pytest.raises(ValueError, match="2 files at fault, one of them .*: restore"):
+    _flip(path / "positions/c/1/0/0", 3)
+    with pytest.raises(ValueError, match="1 file .*: delete what .* harvest again, wh"):
+        run(path, verify=True)
+    capsys.readouterr()
+    _flip(path / "tokens/c/0/0", 3)
+    with pytest.raises(ValueError, match="2 files at fault, one of them tokens.*: resto"):
         run(path, verify=True)
     out, _ = capsys.readouterr()
     assert "tokens/c/0/0 is damaged" in out and "positions/c/1/0/0 is damaged" in out

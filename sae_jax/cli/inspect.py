@@ -20,6 +20,7 @@ from sae_jax.cli.errors import Misuse
 from sae_jax.inspection import inspect
 from sae_jax.inspection.describe import count_faults, format_inspection
 from sae_jax.inspection.page import write_page
+from sae_jax.store.layout import is_made_anew
 from sae_jax.subjects import load_subject
 
 _VERIFY = flags.DEFINE_bool("verify", False, "read every file of the store")
@@ -49,7 +50,14 @@ def main(argv: Sequence[str]) -> None:
             print(f"\n{_OUT.value}")
     if found.faults:
         one = "" if len(found.faults) == 1 else "one of them "
+        # First what cannot be made anew.
+        first = min(found.faults, key=lambda file: (is_made_anew(file), file))
+        cure = "restore what is damaged, or delete the store and harvest again"
+        if is_made_anew(first):
+            cure = (
+                "delete what is damaged and run the same sae-jax harvest again, which "
+                "makes it anew"
+            )
         raise ValueError(
-            f"{found.path!r} has {count_faults(found)}, {one}{min(found.faults)}: "
-            "restore what is damaged, or delete the store and harvest again"
+            f"{found.path!r} has {count_faults(found)}, {one}{first}: {cure}"
         )

@@ -28,6 +28,7 @@ from sae_jax.store.quantise import Stored
 from sae_jax.store.reader import Range, Store, open_store
 from sae_jax.store.statistics import Statistics, mix
 from sae_jax.store.text import NO_DOCUMENT, Contexts, Text, is_row
+from sae_jax.store.whole import is_whole
 from sae_jax.store.writer import StoreWriter
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "choose_manifest",
     "find_manifest",
     "is_row",
+    "is_whole",
     "mix",
     "open_store",
     "read_manifest",

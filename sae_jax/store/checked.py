@@ -23,7 +23,7 @@ from sae_jax.store.layout import (
     tell_damage,
 )
 from sae_jax.store.quantise import Stored
-from sae_jax.store.reader import find_bad_files, list_files
+from sae_jax.store.whole import find_bad_files, list_files
 
 _BYTES_AHEAD = 2**27  # read while what came before is worked on
 

@@ -20,6 +20,10 @@ MANIFEST = "manifest.json"
 DOCUMENTS = "documents.json"
 MISSING = "it is missing"
 CURE = "restore the file, or delete the folder and harvest again"
+CURE_OF_ROWS = (
+    "delete it, if it is there, and run the same sae-jax harvest again, which makes it "
+    "anew"
+)
 _RECORDS = "shards/"
 _CHUNKS_TOGETHER = 16
 
@@ -225,7 +229,8 @@ def finish_read(read: Any, folder: Folder, file: str) -> Any:
         if is_unreachable(folder, error):
             raise_plainly(folder, error)
         raise ValueError(
-            f"damaged shard {folder.name_file(file)}: {tell_damage(error)}; {CURE}"
+            f"damaged shard {folder.name_file(file)}: {tell_damage(error)}; "
+            f"{tell_cure(file)}"
         ) from error
 
 
@@ -235,6 +240,16 @@ def tell_damage(error: Exception) -> str:
     if "Digest mismatch" in text:
         return "its checksum is wrong"
     return MISSING if text.startswith("NOT_FOUND") else text
+
+
+def tell_cure(file: str) -> str:
+    """What helps against damage of a file, by its name in the store."""
+    return CURE_OF_ROWS if is_made_anew(file) else CURE
+
+
+def is_made_anew(file: str) -> bool:
+    """Whether a harvest makes the file anew, if a complete store lacks it."""
+    return not file.startswith(("tokens/", "documents", MANIFEST))
 
 
 def acts_name(site: str) -> str:

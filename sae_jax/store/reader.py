@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -15,20 +15,19 @@ from sae_jax.store.layout import (
     DOCUMENTS,
     DTYPES,
     SPLITS,
-    ArrayLayout,
     Manifest,
     acts_name,
     finish_read,
-    list_recorded,
     list_row_arrays,
-    list_text_arrays,
     read_manifest,
     scales_name,
+    tell_cure,
 )
 from sae_jax.store.quantise import dequantise
 from sae_jax.store.records import read_site_statistics
 from sae_jax.store.statistics import Statistics
 from sae_jax.store.text import Text
+from sae_jax.store.whole import find_bad_files, list_files, list_safe
 
 Range = tuple[int, int]  # the first row, and how many
 
@@ -45,7 +44,7 @@ def open_store(path: str | Path) -> "Store":
     if not manifest.complete:
         done = "its text is not packed"
         if manifest.is_packed:
-            n_done = len(list_recorded(folder, manifest))
+            n_done = len(list_safe(folder, manifest))
             done = f"{n_done} of {len(manifest.row_shards)} shards"
         raise ValueError(
             f"{str(folder)!r} is still being written ({done}): run the same sae-jax "
@@ -293,46 +292,6 @@ def _join(rows: np.ndarray) -> list[Range]:
 def _check_files(folder: Folder, manifest: Manifest) -> None:
     """ValueError unless each shard's file is there; on a disk, in its full size."""
     for file, fault in find_bad_files(folder, list_files(manifest)):
-        raise ValueError(f"damaged store: {folder.name_file(file)} {fault}; {CURE}")
-
-
-def find_bad_files(
-    folder: Folder, files: Iterable[tuple[ArrayLayout, int, int]]
-) -> Iterator[tuple[str, str]]:
-    """The name of each file that is not there or, on a disk, not of its full size; and
-    what it is instead."""
-    names = None if folder.is_local else set(folder.list())
-    for array, shard, length in files:
-        file, expected = array.shard_file(shard), array.shard_bytes(length)
-        size = _find_size(folder, file, expected, names)
-        if size is None:
-            yield file, "is missing"
-        elif size != expected:
-            yield file, f"has {size} bytes, not {expected}"
-
-
-def list_files(manifest: Manifest) -> list[tuple[ArrayLayout, int, int]]:
-    """(array, shard, filled length) of every file of every array."""
-    texts = [shard["contexts"] for shard in manifest.text_shards]
-    rows = [shard.rows for shard in manifest.row_shards]
-    return [
-        (array, index, length)
-        for arrays, lengths in (
-            (list_text_arrays(manifest), texts),
-            (list_row_arrays(manifest), rows),
+        raise ValueError(
+            f"damaged store: {folder.name_file(file)} {fault}; {tell_cure(file)}"
         )
-        for array in arrays
-        for index, length in enumerate(lengths)
-    ]
-
-
-def _find_size(
-    folder: Folder, file: str, expected: int, names: set[str] | None
-) -> int | None:
-    """A bucket only lists its `names`; what is cut short there is found on reading."""
-    if names is not None:
-        return expected if file in names else None
-    try:
-        return (folder.path / file).stat().st_size
-    except FileNotFoundError:
-        return None

@@ -4,7 +4,13 @@ from collections.abc import Iterable
 
 from sae_jax.store import statistics
 from sae_jax.store.folder import Folder
-from sae_jax.store.layout import CURE, Manifest, record_name, statistics_name
+from sae_jax.store.layout import (
+    CURE_OF_ROWS,
+    MISSING,
+    Manifest,
+    record_name,
+    statistics_name,
+)
 from sae_jax.store.statistics import Statistics, Sums
 
 _BROKEN = (KeyError, OSError, TypeError, ValueError)
@@ -35,8 +41,7 @@ def read_record(folder: Folder, shard: int, site: str) -> Sums:
     except _BROKEN as error:
         raise ValueError(
             f"cannot read {folder.name_file(name)}: "
-            f"{'it is missing' if data is None else error}; delete it and run the "
-            "same harvest again"
+            f"{MISSING if data is None else error}; {CURE_OF_ROWS}"
         ) from error
 
 
@@ -45,8 +50,8 @@ def read_site_statistics(folder: Folder, site: str) -> Statistics:
     name = statistics_name(site)
     data, file = folder.read(name), folder.name_file(name)
     if data is None:
-        raise ValueError(f"{file} is missing: {CURE}")
+        raise ValueError(f"{file} is missing: {CURE_OF_ROWS}")
     try:
         return statistics.read_statistics(data)
     except _BROKEN as error:
-        raise ValueError(f"cannot read {file}: {error}; {CURE}") from error
+        raise ValueError(f"cannot read {file}: {error}; {CURE_OF_ROWS}") from error

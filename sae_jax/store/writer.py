@@ -8,10 +8,11 @@
 
 First the text, by one process, which fixes the rows of every shard; then the shards of
 rows, of which process p of P writes p, p + P, ... A shard's files are written whole and
-synced, then a record with the sums of its rows for the statistics: a shard without one
-is written again. Whoever finds all records merges them, in the order of the shards, and
-makes the store complete. So a harvest by any number of processes, stopped or not,
-leaves the same bytes.
+synced, then a record with the sums of its rows for the statistics: a shard that lacks
+it, or a file, is written again, and a complete store with such a shard is complete no
+more. Whoever finds all records merges them, in the order of the shards, and makes the
+store complete. So a harvest by any number of processes, stopped or not, leaves the same
+bytes.
 """
 
 import contextlib
@@ -33,7 +34,6 @@ from sae_jax.store.layout import (
     ArrayLayout,
     Manifest,
     acts_name,
-    list_recorded,
     list_row_arrays,
     list_text_arrays,
     record_name,
@@ -43,6 +43,7 @@ from sae_jax.store.layout import (
 from sae_jax.store.quantise import Stored
 from sae_jax.store.records import merge_records
 from sae_jax.store.text import Contexts, is_row
+from sae_jax.store.whole import is_whole, list_safe
 
 _MOST_TEXT_SHARDS = 2**20  # the array is cut to size when their number is known
 _MB = 10**6
@@ -92,6 +93,10 @@ class StoreWriter:
         try:
             # Again: another process may have written, and ended, since.
             self.manifest = choose_manifest(folder, manifest)
+            if self.manifest.complete and not is_whole(folder, self.manifest):
+                # Nobody may read it as complete while files are made anew.
+                with self._full_disk_named():
+                    self._replace_manifest(complete=False, statistics={})
             self._check_space(self.manifest)
             if process == 0 and not self.manifest.is_packed:
                 # The manifest first: a folder that has anything in it has a manifest.
@@ -161,9 +166,9 @@ class StoreWriter:
     def missing_shards(self) -> list[int]:
         """This process's shards of rows that are not safe yet."""
         process, n_processes = self._part
-        recorded = list_recorded(self.folder, self.manifest)
+        safe = list_safe(self.folder, self.manifest)
         shards = range(process, len(self.manifest.row_shards), n_processes)
-        return [shard for shard in shards if shard not in recorded]
+        return [shard for shard in shards if shard not in safe]
 
     def write_shard(
         self,
@@ -207,13 +212,13 @@ class StoreWriter:
         """Makes the store complete if every process's shards are safe; else False."""
         self._commit()
         n_shards = len(self.manifest.row_shards)
-        if len(list_recorded(self.folder, self.manifest)) < n_shards:
+        if len(list_safe(self.folder, self.manifest)) < n_shards:
             self.close()
             return False
         summary = {}
         with self._full_disk_named():
-            if not n_shards:
-                self._open(list_row_arrays(self.manifest), 0)
+            if "positions" not in self._arrays:  # their metadata may be missing
+                self._open(list_row_arrays(self.manifest), n_shards)
             for site in self.manifest.sites:
                 sums = merge_records(self.folder, self.manifest, site, range(n_shards))
                 found = statistics.finish(sums)
@@ -292,11 +297,11 @@ class StoreWriter:
 
 
 def _count_missing_bytes(folder: Folder, manifest: Manifest) -> int:
-    recorded = list_recorded(folder, manifest)
+    safe = list_safe(folder, manifest)
     return sum(
         array.shard_bytes(shard.rows)
         for index, shard in enumerate(manifest.row_shards)
-        if index not in recorded
+        if index not in safe
         for array in list_row_arrays(manifest)
     )
 
