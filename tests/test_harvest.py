@@ -8,9 +8,6 @@ import importlib
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -346,55 +343,6 @@ def test_stopped_and_resumed_is_byte_identical(store, tmp_path, n_shards, monkey
     assert read_folder(Path(resumed.path)) == read_folder(Path(store.path))
 
 
-_SLOW_HARVEST = """
-import sys, time
-sys.path.insert(0, sys.argv[2])
-import jax
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_default_matmul_precision", "highest")
-import test_harvest
-from pathlib import Path
-from sae_jax.store import Folder
-write = Folder.write
-
-def slow(folder, name, data):
-    print("about to write", flush=True)
-    time.sleep(0.05)
-    write(folder, name, data)
-
-Folder.write = slow
-test_harvest.run_harvest(Path(sys.argv[1]))
-"""
-
-
-def kill_at_a_random_moment(path):
-    rng = np.random.default_rng()
-    process = subprocess.Popen(
-        [sys.executable, "-c", _SLOW_HARVEST, str(path), str(Path(__file__).parent)],
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    with process:
-        for _ in range(int(rng.integers(1, 9))):
-            if process.stdout.readline() != b"about to write\n":
-                break
-        try:
-            process.wait(float(rng.uniform(0, 0.05)))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-
-
-@pytest.mark.parametrize(
-    "n_kills", [2, pytest.param(10, marks=pytest.mark.slow)], ids=["twice", "ten times"]
-)
-def test_killed_at_random_moments(store, tmp_path, n_kills):
-    """Each time it goes on from where the one before was killed."""
-    for _ in range(n_kills):
-        kill_at_a_random_moment(tmp_path / "store")
-    resumed = run_harvest(tmp_path / "store")
-    assert read_folder(Path(resumed.path)) == read_folder(Path(store.path))
-
-
 @pytest.mark.parametrize("n_processes", [2, 3])
 def test_several_processes_leave_the_bytes_of_one(store, tmp_path, n_processes):
     """Begun in any order; the last to end makes the store complete."""
@@ -633,6 +581,23 @@ def test_the_default_subject(tmp_path):
         rows = store.read_contexts(site, sequences)[0].astype(np.float32)
         expected = np.asarray(acts[site], np.float32)
         np.testing.assert_allclose(rows, expected, rtol=2**-7, atol=1e-2)
+
+
+def test_a_row_is_the_same_wherever_in_a_batch_it_lies():
+    """Of a harvest that goes on, and of one in parts, batches are made of others."""
+    subject = load_subject()
+    sites = ("resid_pre.0", "attn_out.1", "mlp_act.2", "resid_post.3")
+    rng = np.random.default_rng(0)
+    tokens_bt = rng.integers(0, subject.vocab_size, (16, 64)).astype(np.int32)
+
+    def capture(order):
+        acts = subject.capture(tokens_bt[order], sites)
+        return {site: np.asarray(acts[site]).view(np.uint16) for site in sites}
+
+    expected = capture(np.arange(16))
+    for order in (rng.permutation(16), np.roll(np.arange(16), 5), np.full(16, 3)):
+        for site, found in capture(order).items():
+            np.testing.assert_array_equal(found, expected[site][order])
 
 
 def test_rows_are_bfloat16(store):

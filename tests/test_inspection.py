@@ -494,7 +494,7 @@ def test_the_command_prints_and_fails_where_files_do(path, run, capsys, tmp_path
         run(path, verify=True)
     capsys.readouterr()
     _flip(path / "tokens/c/0/0", 3)
-    with pytest.raises(ValueError, match="2 files at fault, one of them tokens.*: resto"):
+    with pytest.raises(ValueError, match="2 files at fault, one of them tok.*: restor"):
         run(path, verify=True)
     out, _ = capsys.readouterr()
     assert "tokens/c/0/0 is damaged" in out and "positions/c/1/0/0 is damaged" in out
