@@ -5,8 +5,9 @@
         --site=resid_post.5 --site=mlp_out.5 --dtype=int8 --out=s3://bucket/store
 
 The text is the running Python's standard library unless --text names files, folders or
-hf:NAME. The same command goes on with a harvest that was stopped. Several processes
-share one store, each with its own --process of --n_processes.
+hf:NAME. The same command goes on with a harvest that was stopped, and makes anew what a
+complete store lacks. Several processes share one store, each with its own --process of
+--n_processes.
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ _WEIGHTS_OVER = flags.DEFINE_integer("weights_over", 1, "devices that share weig
 _SETTINGS: list[flags.FlagHolder] = [
     flags.DEFINE_integer("context_length", None, "tokens in a context; the subject's"),
     flags.DEFINE_integer("max_rows", None, "stop at so many rows"),
-    flags.DEFINE_float("max_gb", None, "stop at so many 10^9 bytes"),
+    flags.DEFINE_float("max_gb", None, "stop at so many 10^9 bytes of rows and text"),
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "int8"], "of the rows"),
     flags.DEFINE_enum("packing", "joined", ["joined", "padded"], "see docs/data.md"),
     flags.DEFINE_enum("bos", None, ["document", "context", "none"], "what BOS leads"),
