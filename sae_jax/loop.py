@@ -14,7 +14,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import jax
@@ -130,7 +130,8 @@ def _run(
         for step in range(start + 1, config.n_steps + 1):
             processes.note(f"step {step}", step)
             profile.at(step, pending)
-            acts_bd = next(batches)
+            with report.loading():
+                acts_bd = next(batches)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 train_step = step_at(config.k_at(step - 1))
                 train_state, metrics = train_step(train_state, acts_bd)
@@ -169,6 +170,14 @@ class _Report:
             is_shown=processes.is_first(),
         )
         self._last: tuple[int, float] | None = None
+        self._loading_secs = 0.0
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """To be entered while the loop waits for a batch."""
+        begin = time.monotonic()
+        yield
+        self._loading_secs += time.monotonic() - begin
 
     def step(self, step: int, metrics: Metrics) -> None:
         metrics = jax.device_get(metrics)
@@ -186,20 +195,25 @@ class _Report:
             {"rows": rows}
             | scalars
             | {"learning_rate": float(optim.learning_rate_at(self._config, step - 1))}
-            | self._rows_per_second(step),
+            | self._rates(step),
         )
 
     def close(self) -> None:
         self._progress.close()
 
-    def _rows_per_second(self, step: int) -> dict[str, float]:
-        """Since the last line; the first has none, as it would be of compilation."""
+    def _rates(self, step: int) -> dict[str, float]:
+        """Since the last line; the first has none, as they would be of compilation.
+
+        The devices still do a step while the loop waits for a batch, so loading is the
+        slower side only where its share comes near 1.
+        """
         last, now = self._last, time.monotonic()
+        loading, self._loading_secs = self._loading_secs, 0.0
         self._last = (step, now)
         if last is None:
             return {}
-        rows = (step - last[0]) * self._config.data.batch_rows
-        return {"rows_per_second": rows / (now - last[1])}
+        rows, seconds = (step - last[0]) * self._config.data.batch_rows, now - last[1]
+        return {"rows_per_second": rows / seconds, "loading_share": loading / seconds}
 
     def _refuse_non_finite(self, step: int, scalars: dict[str, float]) -> None:
         bad = [name for name, value in scalars.items() if not math.isfinite(value)]

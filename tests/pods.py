@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import jax
+import synthetic
 
 import sae_jax
 from sae_jax import writers
@@ -136,8 +137,7 @@ class Pod:
 
 def read_metrics(workdir):
     """The rows, less what is another in every life."""
-    rows = writers.read_json_lines(workdir / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k != "rows_per_second"} for row in rows]
+    return synthetic.drop_times(writers.read_json_lines(workdir / "metrics.jsonl"))
 
 
 def read_state(workdir, step, shape=(1, 1)):

@@ -66,6 +66,12 @@ def make_setup(config: TrainConfig, mesh: Mesh, store: Store) -> Setup:
     return validate(config, mesh, StoreFeed(config.data, mesh, config.seed, [store]))
 
 
+def drop_times(rows: list[dict]) -> list[dict]:
+    """Metrics, less what is another in every life."""
+    times = ("rows_per_second", "loading_share")
+    return [{k: v for k, v in row.items() if k not in times} for row in rows]
+
+
 class Killed(Exception):
     """What `KillAt` ends a run with."""
 

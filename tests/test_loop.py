@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -39,8 +40,7 @@ def undisturbed(planted_store, tmp_path_factory):
 
 
 def _metrics(workdir):
-    rows = writers.read_json_lines(workdir / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k != "rows_per_second"} for row in rows]
+    return synthetic.drop_times(writers.read_json_lines(workdir / "metrics.jsonl"))
 
 
 def test_a_run_leaves_its_folder(undisturbed):
@@ -58,6 +58,36 @@ def test_a_run_leaves_its_folder(undisturbed):
     assert run.read_config(workdir).sae.d_model == 16
     kept = sorted(path.name for path in (workdir / "checkpoints").iterdir())
     assert kept == ["16", "24"]
+
+
+def test_a_run_tells_which_share_of_its_time_it_waits_for_batches(
+    planted_store, tmp_path, monkeypatch
+):
+    """By a clock that only loading and writing move on."""
+    clock, batches = SimpleNamespace(now=0.0), StoreFeed.batches
+
+    def load_slowly(self, *steps):
+        for batch in batches(self, *steps):
+            clock.now += 3
+            yield batch
+
+    class Slow(writers.MemoryWriter):
+        def write(self, step, scalars):
+            clock.now += 1
+            super().write(step, scalars)
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(StoreFeed, "batches", load_slowly)
+    config = synthetic.make_config(planted_store, mesh=ONE, log_every_steps=4)
+    writer = Slow()
+    loop.train(dataclasses.replace(config, rows=16 * 64), tmp_path, writer)
+    first, *others = writer.rows
+    assert "loading_share" not in first and "rows_per_second" not in first
+    # Step 8 and the last are looked at before another batch is asked for.
+    assert [row["step"] for row in others] == [8, 12, 16]
+    seconds = np.array([1 + 3 * 3, 1 + 5 * 3, 1 + 3 * 3])
+    assert [row["loading_share"] for row in others] == list((seconds - 1) / seconds)
+    assert [row["rows_per_second"] for row in others] == list(4 * 64 / seconds)
 
 
 def test_a_run_tells_what_it_is_and_what_else_is_set(planted_store, tmp_path, capsys):
