@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,15 @@ SHAPE = ("--rows=32", "--d_model=16", "--latents=256", "--k=4", "--repeats=1")
 
 
 def _run(name, *flags):
+    report, table = _run_plain(name, *SHAPE, *flags)
+    assert len(table) == 2 + len(report["results"])  # below a header and a rule
+    return report["results"]
+
+
+def _run_plain(name, *flags):
+    """The JSON object, and the lines before it."""
     result = subprocess.run(
-        [sys.executable, f"experiments/{name}.py", *SHAPE, *flags],
+        [sys.executable, f"experiments/{name}.py", *flags],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -23,9 +31,8 @@ def _run(name, *flags):
     assert result.returncode == 0, result.stderr
     *table, last = result.stdout.splitlines()
     report = json.loads(last)
-    assert report["command"].startswith(f"python experiments/{name}.py --rows=32")
-    assert len(table) == 2 + len(report["results"])  # below a header and a rule
-    return report["results"]
+    assert report["command"].startswith(f"python experiments/{name}.py {flags[0]}")
+    return report, table
 
 
 def test_choices_are_timed_and_their_recall_is_measured():
@@ -74,16 +81,30 @@ def test_peers_that_cannot_be_run_are_reported(tmp_path):
 
 @pytest.mark.slow
 def test_the_loader_is_timed_beside_raw_reads(tmp_path):
-    flags = ("--store_gb=0.1", "--read_gb=0.2", "--batch_rows=256", "--rounds=1")
-    result = subprocess.run(
-        [sys.executable, "experiments/bench_loader.py", f"--folder={tmp_path}", *flags],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
+    report, _ = _run_plain(
+        "bench_loader",
+        f"--folder={tmp_path}",
+        "--store_gb=0.1",
+        "--read_gb=0.2",
+        "--batch_rows=256",
+        "--rounds=2",
     )
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout.splitlines()[-1])
-    assert [r["reader"] for r in report["results"]] == ["raw", "loader", "rows"]
-    assert report["results"][1]["gb"] >= 0.2
+    results = report["results"]
+    assert [r["reader"] for r in results] == ["raw", "loader", "rows"] * 2
+    assert results[1]["gb"] >= 0.2
     assert report["over_rows"] > 10
+    rates = [r["gb_per_second"] for r in results if r["reader"] == "loader"]
+    assert report["loader"] == pytest.approx(sum(rates) / 2)
+    assert report["loader_least"] == min(rates)
+
+
+@pytest.mark.slow
+def test_a_harvest_is_timed_beside_the_bare_subject():
+    report, table = _run_plain("bench_harvest", "--rows=2048", "--rounds=1")
+    assert len(table) == 2 + 1
+    names = ("pack", "bfloat16", "int8", "bare")
+    rounds = report["all"]
+    assert [len(rounds[name]) for name in names] == [2, 1, 1, 1]
+    assert all(report[name] == statistics.median(rounds[name]) > 0 for name in names)
+    assert report["int8_of_bare"] == report["int8"] / report["bare"]
+    assert 0 < report["int8_nmse"] < 1e-3
