@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
+from sae_jax import loader
 from sae_jax.loader import Order
 
 SIZES = [  # chunks, lanes, chunks of a window
@@ -110,3 +111,22 @@ def test_lanes_windows_epochs_seeds_and_sources_have_orders_of_their_own():
     assert order.chunks(again, 0) != order.chunks(0, 0)
     for window, lane in ((0, 1), (1, 0), (again, 0)):
         assert not np.array_equal(order.rows(window, lane), order.rows(0, 0))
+
+
+def test_two_epochs_of_each_source_are_kept(monkeypatch):
+    """However many sources are read in turns, no permutation is made twice."""
+    made, permute = [], loader.order._permute
+
+    def note(*args):
+        made.append(args)
+        return permute(*args)
+
+    monkeypatch.setattr(loader.order, "_permute", note)
+    orders = [make_order((29, 4, 3), source=source) for source in range(9)]
+    for window in range(3 * orders[0].windows_per_epoch):
+        for order in orders:
+            for lane in range(4):
+                order.chunks(window, lane)
+    assert len(made) == len(set(made)) == 9 * 4  # the last window meets epoch 3
+    assert all(order._permute_chunks.cache_info().currsize == 2 for order in orders)
+    assert orders[0].kept_bytes == 2 * np.arange(29).nbytes

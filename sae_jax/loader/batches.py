@@ -121,15 +121,17 @@ def check_loader(
 def _check_memory(
     sources: Sequence[Source], orders: Sequence[Order], n_lanes: Sequence[int]
 ) -> None:
-    needed = sum(map(buffer_bytes, sources, orders, n_lanes))
+    kept = sum(order.kept_bytes for order in orders)
+    windows = sum(map(buffer_bytes, sources, orders, n_lanes))
     available = _available_memory()
-    if available is not None and needed > available:
+    if available is not None and windows + kept > available:
         window_chunks = max(order.most_rounds for order in orders)
+        fitting = max(1, window_chunks * (available - kept) // windows)
         raise ValueError(
-            f"two windows of data.window_chunks = {window_chunks} take "
-            f"{needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory are free: "
-            f"set data.window_chunks = {max(1, window_chunks * available // needed)}, "
-            "which mixes less, or harvest with a smaller rows_per_chunk"
+            f"two windows of data.window_chunks = {window_chunks}, and the order of "
+            f"all chunks, take {(windows + kept) / 1e9:.1f} GB, and "
+            f"{available / 1e9:.1f} GB of memory are free: set data.window_chunks = "
+            f"{fitting}, which mixes less, or harvest with a smaller rows_per_chunk"
         )
 
 

@@ -16,11 +16,14 @@ and nothing has to divide anything: no row is left out of an epoch.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
 # Streams of random numbers that must not meet.
 _EPOCH, _WINDOW, SAMPLE, MEASURE = range(4)
+
+_EPOCHS_KEPT = 2  # chunks of a window are of one epoch and, at its end, of the next
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,11 @@ class Order:
     def least_rounds(self) -> int:
         """Rounds of the shortest window."""
         return self.n_chunks // self.n_lanes // self.windows_per_epoch
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the permutations that are kept."""
+        return _EPOCHS_KEPT * self.n_chunks * np.dtype(int).itemsize
 
     def rounds(self, window: int) -> range:
         """The rounds of a window, windows being counted from the start of training."""
@@ -95,8 +103,11 @@ class Order:
     def _first_round(self, epoch: int) -> int:
         return -(-epoch * self.n_chunks // self.n_lanes)
 
-    def _permute_chunks(self, epoch: int) -> np.ndarray:
-        return _permute(self.seed, self.source, epoch, self.n_chunks)
+    @functools.cached_property
+    def _permute_chunks(self) -> Callable[[int], np.ndarray]:
+        """The chunks of an epoch; the last epochs are kept."""
+        permute = functools.partial(_permute, self.n_chunks, self.seed, self.source)
+        return functools.lru_cache(_EPOCHS_KEPT)(permute)
 
 
 def make_rng(seed: int, *stream: int) -> np.random.Generator:
@@ -105,6 +116,5 @@ def make_rng(seed: int, *stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(sequence))
 
 
-@functools.lru_cache(maxsize=8)  # two epochs of each of a few sources
-def _permute(seed: int, source: int, epoch: int, n_chunks: int) -> np.ndarray:
+def _permute(n_chunks: int, seed: int, source: int, epoch: int) -> np.ndarray:
     return make_rng(seed, _EPOCH, source, epoch).permutation(n_chunks)
