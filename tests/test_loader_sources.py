@@ -9,7 +9,7 @@ from numbered_stores import row_ids, write_store
 
 from sae_jax import loader
 from sae_jax.config import DataConfig, MeshConfig
-from sae_jax.loader.sources import _round_shares, _share_lanes
+from sae_jax.loader.sources import _fit_lanes, _share_lanes
 from sae_jax.loader.windows import Windows, buffer_bytes
 from sae_jax.mesh import make_mesh, single_device_mesh
 from sae_jax.store import open_store
@@ -117,25 +117,25 @@ def test_samples_are_shared_out_as_lanes_are(stores):
         (
             2,
             dict(site=SITE, weights=(0.3, 0.7), batch_rows=40),
-            "take 2.4, 5.6 of data.lanes = 8, not whole lanes: give data.lanes = 10",
+            r"take 2.4, 5.6 of data.lanes = 8, not whole lanes: give data.lanes = 10 "
+            r"with data.weights = \(3, 7\)$",
         ),
         (
             2,
-            dict(site=SITE, weights=(0.3, 0.7)),
-            "no data.lanes that divides data.batch_rows = 32 does; give data.weights = "
-            r"\(2, 6\)$",
+            dict(site=SITE, weights=(0.3, 0.7)),  # none that divides 32 is near
+            r"give data.lanes = 8 with data.weights = \(2, 6\)$",
         ),
         (
             2,
             dict(site=SITE, weights=(0.3, 0.7), batch_rows=512),
-            r"= 512 does; give data.weights = \(2, 6\), or, nearer, data.lanes = 64 "
-            r"with data.weights = \(19, 45\)$",
+            r"give data.lanes = 64 with data.weights = \(19, 45\)$",
         ),
         (
             2,
             dict(site=SITE, weights=(0.3, 0.7), batch_rows=512, lanes=1),
-            r"512 does; give data.lanes = 64 with data.weights = \(19, 45\)$",
+            r"give data.lanes = 64 with data.weights = \(19, 45\)$",
         ),
+        (2, dict(site=SITE, batch_rows=1, lanes=1), "raise data.batch_rows = 1$"),
         (1, dict(site=f"{SITE},{SITE}"), f"{SITE} of .* and {SITE} of .* are the same"),
         (2, dict(site="a.0,b.0,c.0"), "names 2 stores and data.site 3 sites"),
         (1, dict(site="resid_post.0,mlp_act.1"), "is 4 wide, mlp_act.1 of .* is 6"),
@@ -151,9 +151,17 @@ def test_sources_that_do_not_fit_are_refused(stores, n_stores, settings, message
 
 @pytest.mark.parametrize("shares, n", [((0.001, 0.001, 0.998), 8), ((0.3, 0.7), 64)])
 def test_weights_that_are_offered_fit(shares, n):
-    counts = _round_shares(shares, n)
+    counts = _fit_lanes(shares, n, limit=1.0)
     assert sum(counts) == n and min(counts) > 0
-    assert _share_lanes(make_data(weights=counts, lanes=n, batch_rows=n), len(counts))
+    data = make_data(weights=counts, lanes=n, batch_rows=n)
+    assert _share_lanes(data, len(counts)) == counts
+
+
+def test_no_source_is_without_a_lane():
+    """Not where it would be missed by less than a share may be off, either."""
+    for n_sources, n_lanes in ((2, 1), (3, 2), (101, 100)):
+        with pytest.raises(ValueError, match="not whole lanes"):
+            _share_lanes(make_data(lanes=n_lanes, batch_rows=n_lanes), n_sources)
 
 
 def test_a_store_that_is_named_twice_is_refused(stores, tmp_path):

@@ -110,58 +110,38 @@ def _share_lanes(data: DataConfig, n_sources: int) -> list[int]:
             "sources: give one for each, or none to mix them evenly"
         )
     shares = [weight / sum(weights) for weight in weights]
-
-    def is_whole(n_lanes: int) -> bool:
-        return all(
-            round(share * n_lanes) and abs(share * n_lanes - round(share * n_lanes))
-            <= _TOLERANCE
-            for share in shares
-        )
-
-    if is_whole(data.lanes):
-        return [round(share * data.lanes) for share in shares]
-    divisors = [n for n in range(1, data.batch_rows + 1) if data.batch_rows % n == 0]
-    fitting = [n for n in divisors if is_whole(n)]
-    larger = [n for n in fitting if n > data.lanes]
+    if counts := _fit_lanes(shares, data.lanes, _TOLERANCE / data.lanes):
+        return counts
     raise ValueError(
         f"the weights of {n_sources} sources take "
         f"{', '.join(f'{share * data.lanes:g}' for share in shares)} of data.lanes = "
-        f"{data.lanes}, not whole lanes: "
-        + (
-            f"give data.lanes = {(larger or fitting)[0]}"
-            if fitting
-            else f"no data.lanes that divides data.batch_rows = {data.batch_rows} "
-            f"does; give {_offer_weights(shares, data.lanes, divisors)}"
-        )
+        f"{data.lanes}, not whole lanes: {_offer(shares, data)}"
     )
 
 
-def _offer_weights(shares: Sequence[float], n_lanes: int, divisors: list[int]) -> str:
-    """Weights near these shares that do come to whole lanes."""
-    offers = []
-    if n_lanes >= len(shares):
-        offers.append(f"data.weights = {_round_shares(shares, n_lanes)}")
-    for n in divisors:
-        if n <= n_lanes or n < len(shares):
-            continue
-        counts = _round_shares(shares, n)
-        if all(abs(c / n - s) <= _NEAR for c, s in zip(counts, shares, strict=True)):
-            offers.append(f"data.lanes = {n} with data.weights = {counts}")
-            break
-    return ", or, nearer, ".join(offers) or "other data.weights"
+def _offer(shares: Sequence[float], data: DataConfig) -> str:
+    """The fewest lanes whose parts are near these shares, or else the fewest."""
+    more = range(data.lanes, data.batch_rows + 1)
+    for limit, n in itertools.product((_NEAR, 1.0), more):
+        counts = None if data.batch_rows % n else _fit_lanes(shares, n, limit)
+        if counts:
+            return f"give data.lanes = {n} with data.weights = {tuple(counts)}"
+    return f"raise data.batch_rows = {data.batch_rows}"
 
 
-def _round_shares(shares: Sequence[float], n_lanes: int) -> tuple[int, ...]:
-    """The nearest whole numbers of lanes, none zero, that come to all lanes."""
-    counts = [max(1, round(share * n_lanes)) for share in shares]
-    while (missing := n_lanes - sum(counts)) != 0:
-        sign = 1 if missing > 0 else -1
-        excess = [
-            sign * (share * n_lanes - count) if count + sign > 0 else -float("inf")
-            for share, count in zip(shares, counts, strict=True)
-        ]
-        counts[excess.index(max(excess))] += sign
-    return tuple(counts)
+def _fit_lanes(
+    shares: Sequence[float], n_lanes: int, limit: float
+) -> list[int] | None:
+    """These lanes shared out, at least one to each; None where the part that one gets
+    is farther from its share than the limit."""
+    if n_lanes < len(shares):
+        return None
+    counts = [1] * len(shares)
+    for _ in range(n_lanes - len(shares)):
+        missing = [s * n_lanes - c for s, c in zip(shares, counts, strict=True)]
+        counts[missing.index(max(missing))] += 1
+    parts = zip(shares, counts, strict=True)
+    return counts if all(abs(s - c / n_lanes) <= limit for s, c in parts) else None
 
 
 def _check_apart(sources: Sequence[Source]) -> None:
