@@ -143,6 +143,15 @@ def test_a_loader_that_is_closed_early_leaves_no_thread_waiting(store):
     assert not list(batches)
 
 
+def test_only_batches_that_are_soon_read_are_measured(store, monkeypatch):
+    feed = loader.StoreFeed(DATA_CONFIG, single_device_mesh(), 0, [store])
+    expected, measured = feed.describe().split("; measured: ")
+    assert " sequences (" in measured and " documents (" in measured
+    monkeypatch.setattr(loader.feed, "_MOST_MEASURED_ROWS", 47)
+    monkeypatch.setattr(loader.feed, "measure_mixing", None)
+    assert feed.describe() == expected
+
+
 def test_sampled_rows_are_distinct_train_rows(store):
     rows = loader.sample_rows(store, None, 100, seed=3)
     assert rows.dtype == np.float32 and rows.shape == (100, 4)

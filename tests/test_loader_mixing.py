@@ -47,7 +47,8 @@ def measure(stores, data, n_steps=50):
     per_epoch = orders[0].n_chunks * orders[0].rows_per_chunk // data.batch_rows
     steps = np.linspace(0, 3 * per_epoch, n_steps, dtype=int).tolist()
     mixing = loader.measure_mixing(sources, data, orders, steps)
-    return mixing, loader.expect_sequences(sources, data, orders), orders
+    lengths = [store.context_length for store in stores]
+    return mixing, loader.expect_sequences(orders, data, lengths), orders
 
 
 TEXTS = {
@@ -102,5 +103,5 @@ def test_mixed_sources_are_mixed_as_well():
     assert mixing.sequences >= 0.89 * mixing.uniform_sequences
     found = (mixing.sequences, mixing.uniform_sequences)
     np.testing.assert_allclose(found, expected, rtol=0.03)
-    line = loader.describe_mixing(loader.find_sources(data, stores), data, orders)
+    line = loader.describe_mixing(orders, data, [128, 8])
     assert line.startswith("a batch of 256 rows is drawn from a window of ")

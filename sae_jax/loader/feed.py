@@ -28,6 +28,7 @@ from sae_jax.store import Statistics, Store, open_store
 
 
 _MEASURED_STEPS = (0, 1000)
+_MOST_MEASURED_ROWS = 2**14  # some tenths of a second, and 128 MB, for each step
 
 
 class Feed(Protocol):
@@ -116,9 +117,11 @@ class StoreFeed:
 
     def describe(self) -> str:
         orders = find_orders(self._sources, self.data, self._seed)
-        expected = describe_mixing(self._sources, self.data, orders)
-        if not all(source.store.is_local for source in self._sources):
-            return expected  # a batch's sequences would be a request each
+        lengths = [source.store.context_length for source in self._sources]
+        expected = describe_mixing(orders, self.data, lengths)
+        is_local = all(source.store.is_local for source in self._sources)
+        if not is_local or self.data.batch_rows > _MOST_MEASURED_ROWS:
+            return expected  # each row of a batch may be a read or a request
         mixing = measure_mixing(self._sources, self.data, orders, _MEASURED_STEPS)
         return f"{expected}; measured: {mixing}"
 

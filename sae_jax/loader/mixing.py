@@ -56,36 +56,32 @@ def choose_window_chunks(sources: Sequence[Source], data: DataConfig) -> int:
 
 
 def expect_sequences(
-    sources: Sequence[Source], data: DataConfig, orders: Sequence[Order]
+    orders: Sequence[Order], data: DataConfig, lengths: Sequence[int]
 ) -> tuple[float, float]:
     """Distinct sequences expected in a batch, and in a uniform draw of each source.
 
-    As if no position were left out of a sequence.
+    `lengths` are the rows of a sequence of each; as if no position were left out.
     """
     batch, uniform = 0.0, 0.0
-    for source, order in zip(sources, orders, strict=True):
-        lane_rows, t = data.batch_rows // data.lanes, source.store.context_length
-        n_sequences = order.n_chunks * order.rows_per_chunk / t
-        ours, even = _chances(order, lane_rows, order.least_rounds, t)
+    for order, length in zip(orders, lengths, strict=True):
+        lane_rows = data.batch_rows // data.lanes
+        n_sequences = order.n_chunks * order.rows_per_chunk / length
+        ours, even = _chances(order, lane_rows, order.least_rounds, length)
         batch, uniform = batch + n_sequences * ours, uniform + n_sequences * even
     return batch, uniform
 
 
 def describe_mixing(
-    sources: Sequence[Source], data: DataConfig, orders: Sequence[Order]
+    orders: Sequence[Order], data: DataConfig, lengths: Sequence[int]
 ) -> str:
     """One line for the start of training, from the sizes alone."""
-    batch, uniform = expect_sequences(sources, data, orders)
-    return _describe(orders, data, batch, uniform)
-
-
-def describe_window(order: Order, data: DataConfig, length: int) -> str:
-    """The same where the chunks are sequences of this length."""
-    ours, even = _chances(
-        order, data.batch_rows // data.lanes, order.least_rounds, length
+    batch, uniform = expect_sequences(orders, data, lengths)
+    windows = ", ".join(f"{order.most_rounds * order.n_lanes:,}" for order in orders)
+    return (
+        f"a batch of {data.batch_rows:,} rows is drawn from a window of {windows} "
+        f"chunks and has some {batch:,.0f} sequences, {min(1, batch / uniform):.1%} of "
+        "a uniform draw"
     )
-    n_sequences = order.n_chunks * order.rows_per_chunk / length
-    return _describe([order], data, n_sequences * ours, n_sequences * even)
 
 
 def measure_mixing(
@@ -133,17 +129,6 @@ def _choose_for(source: Source, data: DataConfig) -> int:
     chunk_rows = source.store.manifest.rows_per_chunk
     order = Order(source.n_chunks, chunk_rows, len(source.lanes), 1, seed=0)
     return choose_window(order, data, max(source.store.context_length, chunk_rows))
-
-
-def _describe(
-    orders: Sequence[Order], data: DataConfig, batch: float, uniform: float
-) -> str:
-    windows = ", ".join(f"{order.most_rounds * order.n_lanes:,}" for order in orders)
-    return (
-        f"a batch of {data.batch_rows:,} rows is drawn from a window of {windows} "
-        f"chunks and has some {batch:,.0f} sequences, {min(1, batch / uniform):.1%} of "
-        "a uniform draw"
-    )
 
 
 def _chances(

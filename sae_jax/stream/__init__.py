@@ -31,7 +31,7 @@ from sae_jax.harvest import (
     wait_for_text,
     write_text,
 )
-from sae_jax.loader.mixing import choose_window, describe_window
+from sae_jax.loader.mixing import choose_window, describe_mixing
 from sae_jax.loader.order import SAMPLE, Order, make_rng
 from sae_jax.mesh import DATA, fetch
 from sae_jax.store import Folder, Manifest, Statistics, StoreWriter, Text, statistics
@@ -92,8 +92,8 @@ class Stream:
         n_rows = order.n_lanes * order.most_rounds * self._rows
         size = 2 * n_rows * self.width / self._mesh.size / 1e9
         return (
-            f"{describe_window(order, self._asked, self._rows)}; {size:.2g} GB of a "
-            "device hold the window"
+            f"{describe_mixing([order], self._asked, [self._rows])}; {size:.2g} GB of "
+            "a device hold the window"
         )
 
     def statistics(self) -> Statistics:
