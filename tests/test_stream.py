@@ -154,10 +154,10 @@ def test_the_window_is_bounded_and_told(text_file, tmp_path, monkeypatch):
 
 
 def test_statistics_and_samples_are_of_train_rows(text_file, tmp_path):
-    settings = dataclasses.replace(make_config(text_file).stream, batch_contexts=7)
+    settings = dataclasses.replace(make_config(text_file).stream, batch_contexts=12)
     stream = open_stream(text_file, tmp_path, stream=settings)
     acts_ntd, _ = read_rows(tmp_path)
-    assert len(acts_ntd) % 7  # the last batch is filled up, with contexts that are not
+    assert len(acts_ntd) % 12  # the last batch is filled up, with contexts that are not
     rows_nd = acts_ntd.reshape(-1, 256).astype(np.float64)
     found = stream.statistics()
     assert found.rows == len(rows_nd)  # they are few, so that all are sampled
@@ -171,6 +171,21 @@ def test_statistics_and_samples_are_of_train_rows(text_file, tmp_path):
     assert sample.shape == (100, 256) and sample.dtype == np.float32
     known = {row.tobytes() for row in acts_ntd.reshape(-1, 256).astype(np.float32)}
     assert sum(row.tobytes() in known for row in sample) > 50  # but for rounding
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2)])
+def test_contexts_at_a_time_are_those_of_all_devices(
+    text_file, tmp_path, monkeypatch, shape
+):
+    settings = dataclasses.replace(make_config(text_file).stream, batch_contexts=11)
+    stream = open_stream(text_file, tmp_path, shape, stream=settings)
+    sizes, capture = [], stream._capture
+    monkeypatch.setattr(
+        stream, "_capture", lambda n: sizes.append(len(n)) or capture(n)
+    )
+    next(stream.batches(0, 1))
+    stream.sample(10, seed=0)
+    assert len(sizes) > 2 and set(sizes) == {8}  # two of each lane
 
 
 def test_statistics_are_of_this_site_and_the_rows_that_are_read(text_file, tmp_path):

@@ -27,7 +27,11 @@ class StreamConfig:
     exclude_special: bool = setting(
         False, "leave out the rows of that token: with bos = 'context' only"
     )
-    batch_contexts: int = setting(16, "contexts that the subject reads at a time")
+    batch_contexts: int = setting(
+        16,
+        "contexts that the subject reads at a time, over all devices: at most so many, "
+        "as many of each of data.lanes, and at least one of each",
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, "stream.")

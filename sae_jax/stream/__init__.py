@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import jax
@@ -67,6 +67,8 @@ class Stream:
         self._planned = _plan(self._subject, config)
         self._skip = int(config.stream.exclude_special)
         self._rows = self._planned.context_length - self._skip  # of a context
+        lanes = config.data.lanes
+        self._at_once = max(1, config.stream.batch_contexts // lanes)  # of a lane
 
     def __str__(self) -> str:
         return f"{self.site} of subject {self._subject.name!r}, without a store"
@@ -124,9 +126,8 @@ class Stream:
     ) -> Generator[jax.Array, None, None]:
         order, lanes = self._order, self._asked.lanes
         lane_rows = self._asked.batch_rows // lanes
-        at_once = max(1, self._config.batch_contexts // lanes)  # contexts of a lane
         buffer = Buffer(
-            self._mesh, lanes, order.most_rounds, at_once, self._rows, self.width
+            self._mesh, lanes, order.most_rounds, self._at_once, self._rows, self.width
         )
         filled = -1
         for step in range(start_step, start_step + n_steps):
@@ -135,7 +136,7 @@ class Stream:
                 at = step * lane_rows + n_done
                 window = order.window_of(at)
                 if window != filled:
-                    self._fill(buffer, order, window, at_once)
+                    self._fill(buffer, order, window)
                     places_vn = np.stack([
                         order.rows(window, lane) for lane in range(lanes)
                     ])
@@ -185,13 +186,13 @@ class Stream:
             window_chunks = min(most, choose_window(order, data, self._rows))
         return dataclasses.replace(order, window_chunks=window_chunks)
 
-    def _fill(self, buffer: Buffer, order: Order, window: int, at_once: int) -> None:
-        """Reads the window's contexts, `at_once` of each lane at a time."""
+    def _fill(self, buffer: Buffer, order: Order, window: int) -> None:
+        """Reads the window's contexts, some of each lane at a time."""
         chunks = [order.chunks(window, lane) for lane in range(order.n_lanes)]
         contexts_vn = self._sequences[np.array(chunks)]
-        for first in range(0, contexts_vn.shape[1], at_once):
-            part = contexts_vn[:, first : first + at_once]
-            missing = at_once - part.shape[1]
+        for first in range(0, contexts_vn.shape[1], self._at_once):
+            part = contexts_vn[:, first : first + self._at_once]
+            missing = self._at_once - part.shape[1]
             part = np.pad(part, ((0, 0), (0, missing)), mode="edge")
             acts_btd = self._capture(part.ravel())
             buffer.write(acts_btd, first, self._skip)
@@ -203,13 +204,14 @@ class Stream:
     def _read_sample(self, n_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of contexts drawn by the seed, bfloat16 [n, D], and their positions."""
         rng = make_rng(seed, SAMPLE)
-        n_batch = self._config.batch_contexts * self._mesh.shape[DATA]
+        n_batch = self._at_once * self._asked.lanes
         # From many contexts some rows each.
         n_contexts = min(len(self._sequences), max(64, n_rows // 64))
         drawn = np.sort(rng.permutation(self._sequences)[:n_contexts])
         each = -(-n_rows // n_contexts)
         acts, positions = [], []
-        for part in _cut(drawn, n_batch):
+        for first in range(0, n_contexts, n_batch):
+            part = drawn[first : first + n_batch]
             acts_btd = fetch(self._capture(np.resize(part, n_batch)))
             for acts_td in acts_btd[: len(part)]:
                 n = min(each, self._rows)
@@ -260,8 +262,3 @@ def _plan(subject: Subject, config: TrainConfig) -> Manifest:
 
 def _note_packing(n_rows: int) -> None:
     processes.note(f"packing row {n_rows:,} of the text")
-
-
-def _cut(values: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    for first in range(0, len(values), size):
-        yield values[first : first + size]
