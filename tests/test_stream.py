@@ -296,5 +296,9 @@ def test_another_text_in_the_same_folder_is_refused(text_file, tmp_path):
 def test_settings_that_mean_nothing():
     with pytest.raises(ValueError, match="give one of them"):
         TrainConfig(data=DataConfig(store="a"), stream=StreamConfig(subject="default"))
+    with pytest.raises(ValueError, match=r"\(1.0, 2.0\) .* one source; leave them out"):
+        TrainConfig(
+            data=DataConfig(weights=(1, 2)), stream=StreamConfig(subject="default")
+        )
     with pytest.raises(ValueError, match="set stream.bos to 'context'"):
         StreamConfig(subject="default", exclude_special=True)

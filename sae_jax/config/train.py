@@ -181,6 +181,11 @@ class TrainConfig:
                 f"data.store = {self.data.store!r} and stream.subject = "
                 f"{self.stream.subject!r}: give one of them"
             )
+        if self.data.weights and self.stream.subject:
+            raise ValueError(
+                f"data.weights = {self.data.weights} with stream.subject = "
+                f"{self.stream.subject!r}: a stream is one source; leave them out"
+            )
         if self.rows < self.data.batch_rows:
             raise ValueError(
                 f"rows = {self.rows} is less than one batch "
