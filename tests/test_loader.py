@@ -254,15 +254,16 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused(store):
         next(batches_of(store, 0, 1, mesh=make_mesh(MeshConfig(data=8)), data=data))
 
 
-_TWO_PROCESSES = """
+_PROCESS = """
 import sys
 import jax
-port, process, path, tests = sys.argv[1:]
+port, path, tests = sys.argv[1:4]
+n, process = map(int, sys.argv[4:])
 sys.path.insert(0, tests)
 jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_num_cpu_devices", 4 // n)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"localhost:{port}", 2, int(process))
+jax.distributed.initialize(f"localhost:{port}", n, process)
 from jax.experimental import multihost_utils
 from sae_jax import loader
 from sae_jax.config import MeshConfig
@@ -273,10 +274,11 @@ store = open_store(path)
 n_steps = test_loader.STEPS
 for n_data in (1, 2, 4):
     mesh = make_mesh(MeshConfig(data=n_data, latent=4 // n_data))
-    n_processes = min(n_data, 2)
-    ours = range(2 * int(process), 2 * int(process) + 2) if n_data > 1 else range(4)
+    n_parts = min(n_data, n)
+    part, n_lanes = process * n_parts // n, 4 // n_parts
+    ours = range(part * n_lanes, (part + 1) * n_lanes)
     assert loader.find_lanes(mesh, 48, 4) == [*ours]
-    assert loader.n_loading_processes(mesh, 48) == n_processes
+    assert loader.n_loading_processes(mesh, 48) == n_parts
     expected = test_loader.load_lanes(store, range(4), 5, n_steps)
     batches = test_loader.batches_of(store, 5, n_steps - 5, mesh=mesh)
     for batch, whole in zip(batches, expected, strict=True):
@@ -287,19 +289,20 @@ jax.distributed.shutdown()
 
 
 @pytest.mark.slow
-def test_two_processes_load_the_rows_of_one(store):
+@pytest.mark.parametrize("n", [2, 4])
+def test_processes_load_the_rows_of_one(store, n):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-c", _TWO_PROCESSES, str(port)]
-    arguments = [str(store.path), str(Path(__file__).parent)]
+    tests = str(Path(__file__).parent)
+    command = [sys.executable, "-c", _PROCESS, str(port), store.path, tests, str(n)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     processes = [
-        subprocess.Popen([*command, str(process), *arguments], env=environment)
-        for process in range(2)
+        subprocess.Popen([*command, str(process)], env=environment)
+        for process in range(n)
     ]
     try:
-        assert [process.wait(240) for process in processes] == [0, 0]
+        assert [process.wait(240) for process in processes] == [0] * n
     finally:
         for process in processes:
             process.kill()
