@@ -17,7 +17,7 @@ from sae_jax.checkpoint import Checkpoints
 from sae_jax.config import MeshConfig, to_json
 from sae_jax.mesh import make_mesh
 
-_CONFIG = """
+CONFIG = """
 from sae_jax import config
 
 def get_config():
@@ -46,7 +46,7 @@ class Pod:
         the last one has `own_arguments` as well."""
         config = workdir.parent / f"{workdir.name}.py"
         made = importlib.import_module(module).make_config(str(data), rows=rows)
-        config.write_text(_CONFIG.format(text=to_json(made)))
+        config.write_text(CONFIG.format(text=to_json(made)))
         self.workdir, self.n_processes = workdir, n_processes
         common = [
             *_COMMAND,
@@ -61,13 +61,6 @@ class Pod:
         self._logs = [
             open(f"{workdir}.{i}.log", "w+b") for i in range(n_processes)
         ]
-        environ = os.environ | {
-            "PYTHONPATH": os.pathsep.join((
-                os.path.dirname(__file__),
-                os.path.dirname(os.path.dirname(sae_jax.__file__)),
-            )),
-            "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-        }
         self._processes = {
             i: subprocess.Popen(
                 [
@@ -77,7 +70,7 @@ class Pod:
                 ],
                 stdout=self._logs[i],
                 stderr=subprocess.STDOUT,
-                env=environ,
+                env=os.environ | make_environ(),
             )
             for i in range(n_processes)
             if i not in missing
@@ -133,6 +126,15 @@ class Pod:
         parent = self._processes[process].pid
         path = Path(f"/proc/{parent}/task/{parent}/children")
         return [int(pid) for pid in path.read_text().split()] if path.exists() else []
+
+
+def make_environ() -> dict[str, str]:
+    """Of processes that compute as tests do."""
+    folders = os.path.dirname(__file__), os.path.dirname(sae_jax.__path__[0])
+    return {
+        "PYTHONPATH": os.pathsep.join(folders),
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+    }
 
 
 def read_metrics(workdir):

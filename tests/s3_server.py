@@ -1,8 +1,8 @@
 """An S3 server on loopback (moto's), behind a door that can be shut and opened.
 
-moto keeps its objects in memory, so a server that is killed loses them. With the door
-shut nobody is let in, as with a server that is down; the objects are there when it
-opens again.
+moto keeps its objects in memory, so a server that is killed loses them: whoever starts
+it again has to fill it. With the door shut nobody is let in, as with a server that is
+down; the objects are there when it opens again.
 """
 
 import contextlib
@@ -56,14 +56,9 @@ class Server:
 
     def __init__(self):
         self._port = _find_port()
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, str(self._port)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
         self._door = _Door(self._port)
         self.endpoint = f"http://127.0.0.1:{self._door.port}"
-        self._make_bucket()
+        self._start()
 
     def shut(self):
         self._door.shut()
@@ -72,9 +67,22 @@ class Server:
         self._door.open()
 
     def kill(self):
-        self._door.shut()
         self._process.kill()
         self._process.wait()
+        self._door.shut()
+
+    def start_again(self):
+        """After `kill`, with an empty bucket."""
+        self._door.open()
+        self._start()
+
+    def _start(self):
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _START, str(self._port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self._make_bucket()
 
     def _make_bucket(self):
         request = urllib.request.Request(f"{self.endpoint}/bucket", method="PUT")

@@ -1,16 +1,25 @@
 """Harvest, training and resume against a bucket whose server goes away in between."""
 
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import jax
 import numpy as np
+import pods
 import pytest
 import synthetic
-from s3_server import bucket, server  # noqa: F401
+from s3_server import Server, bucket, server, set_environment  # noqa: F401
 from test_harvest import run_harvest
 from test_store_remote import read_all
 
+from sae_jax.config import to_json
+from sae_jax.exits import PEER_LOST
 from sae_jax.loop import train
 from sae_jax.store import Folder, StoreWriter, open_store
 
@@ -89,18 +98,20 @@ def test_training_is_resumed_with_the_same_bits(bucket, server, tmp_path):  # no
     metrics = (tmp_path / "cut/metrics.jsonl").read_text().splitlines()
     assert 9 <= len(metrics) < 40
     resumed = train(config, tmp_path / "cut")
-    for ours, expected in zip(
-        jax.tree.leaves(jax.device_get(resumed)),
-        jax.tree.leaves(jax.device_get(whole)),
+    assert_same_bits(resumed, whole)
+
+
+def assert_same_bits(state, expected):
+    for ours, theirs in zip(
+        jax.tree.leaves(jax.device_get(state)),
+        jax.tree.leaves(jax.device_get(expected)),
         strict=True,
     ):
-        assert np.asarray(ours).tobytes() == np.asarray(expected).tobytes()
+        assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
 
 
 def test_a_server_that_is_killed_ends_a_run_in_one_line(tmp_path, monkeypatch):
     """Not its door shut: the process killed."""
-    from s3_server import Server, set_environment
-
     own = Server()
     try:
         set_environment(monkeypatch, own)
@@ -115,6 +126,73 @@ def test_a_server_that_is_killed_ends_a_run_in_one_line(tmp_path, monkeypatch):
         assert not (tmp_path / "run").exists()
     finally:
         own.kill()
+
+
+_HELD = """
+import os, signal
+from sae_jax.cli import run
+from sae_jax.writers import JsonLinesWriter
+write = JsonLinesWriter.write
+def hold(self, step, scalars):
+    if step == 20:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    write(self, step, scalars)
+JsonLinesWriter.write = hold
+run()
+"""
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_in_mid_run(tmp_path, monkeypatch, capsys):
+    """The run is held while its server is killed, so that what the bucket had at that
+    moment is known; from another server that has just this it goes on."""
+    own = Server()
+    try:
+        set_environment(monkeypatch, own)
+        store, workdir = Folder("s3://bucket/store"), Folder("s3://bucket/run")
+        synthetic.write_store(store.url)
+        config = synthetic.make_config(store.url, rows=48 * 64)
+        whole = train(config, tmp_path / "whole")
+        child = start_held(config, workdir.url, tmp_path)
+        _, status = os.waitpid(child.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), child.communicate()
+        had = [(f, name, f.read(name)) for f in (store, workdir) for name in f.list()]
+        own.kill()
+        child.send_signal(signal.SIGCONT)
+        _, err = child.communicate(timeout=200)
+        assert child.returncode == PEER_LOST, err
+        *_, last = err.splitlines()
+        told = "sae-jax train: s3://bucket/.* cannot be reached, after 6 tries more"
+        assert re.match(told, last), err
+        own.start_again()
+        for folder, name, data in had:
+            folder.write(name, data)
+        capsys.readouterr()
+        assert_same_bits(train(config, workdir.url), whole)
+        # The save of step 8 is waited for before that of 16, which may have been torn.
+        assert re.search(r"from step (8|16) to 48 ", capsys.readouterr().err)
+        lines = workdir.read("metrics.jsonl").splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [*range(1, 49)]
+        synthetic.write_store(tmp_path / "store")
+        assert read_all(store.url) == read_all(tmp_path / "store")
+    finally:
+        own.kill()
+
+
+def start_held(config, workdir, path):
+    """The run as a command, which stops at step 20 until it is told to go on."""
+    file = path / "config.py"
+    file.write_text(pods.CONFIG.format(text=to_json(config)))
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-c", _HELD, "train"),
+            *(f"--config={file}", f"--workdir={workdir}", "--cpu_devices=8"),
+        ],
+        env=os.environ | pods.make_environ(),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
 
 
 def test_addresses_need_not_be_written_as_urls(tmp_path):
