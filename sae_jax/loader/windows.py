@@ -117,16 +117,11 @@ def join(parts: Sequence[Rows], axis: int = 1) -> Rows:
     return Rows(np.concatenate(rows, axis), joined)
 
 
-def row_bytes(source: Source) -> int:
-    """Bytes of one row in a buffer."""
-    width = source.store.width(source.site)
-    return width + 4 if source.store.dtype == "int8" else 2 * width
-
-
 def buffer_bytes(source: Source, order: Order, n_lanes: int) -> int:
     """Bytes that `Windows` of so many lanes hold."""
-    n_rows = n_lanes * order.most_rounds * order.rows_per_chunk
-    return _BUFFERS * n_rows * row_bytes(source)
+    width = source.store.width(source.site)
+    row_bytes = width + 4 if source.store.dtype == "int8" else 2 * width
+    return _BUFFERS * n_lanes * order.most_rounds * order.rows_per_chunk * row_bytes
 
 
 @dataclasses.dataclass(frozen=True)
