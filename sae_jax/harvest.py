@@ -29,6 +29,7 @@ from sae_jax.store import (
     Store,
     StoreWriter,
     Text,
+    check_place,
     choose_manifest,
     is_whole,
     open_store,
@@ -115,7 +116,7 @@ def harvest(
     manifest = plan_store(
         subject,
         sites,
-        corpus=corpus.identity,
+        corpus="",
         context_length=(
             subject.context_length if context_length is None else context_length
         ),
@@ -131,6 +132,8 @@ def harvest(
         seed=seed,
     )
     _check_share(batch_contexts, process, n_processes)
+    check_place(folder, manifest)
+    manifest.corpus = corpus.identity  # last: this reads all the text
     begun = choose_manifest(folder, manifest)
     if process and not begun.is_packed:
         begun = wait_for_text(folder, manifest, wait_secs, progress)

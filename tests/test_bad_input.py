@@ -53,18 +53,24 @@ _FULL_DISK = (
 )
 
 CASES = {
+    # With a text that cannot be either, which takes long to find out.
     "no such site": (
-        "harvest --site=resid_post.99 --text=text --out=out",
+        "harvest --site=resid_post.99 --text=no_text --out=out",
         "resid_post.99",
     ),
     "no text": ("harvest --text=no_text --out=out", "no_text"),
     "torn subject": (
-        "harvest --subject=lm --text=text --out=out",
+        "harvest --subject=lm --text=no_text --out=out",
         "lm/model.safetensors is damaged",
     ),
     "no such service": (
-        "harvest --text=text --out=ftp://bucket/store",
+        "harvest --text=no_text --out=ftp://bucket/store",
         "ftp://bucket/store",
+    ),
+    "no folder can be there": ("harvest --text=no_text --out=good.py/out", "good.py"),
+    "text given twice": (
+        "harvest --text=text --text=text/7.txt --out=out",
+        "7.txt' is given twice",
     ),
     "k above n_latents": (
         "train --config=good.py --workdir=out --config.sae.k=500",

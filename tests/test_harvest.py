@@ -28,7 +28,7 @@ from sae_jax.inspection import inspect
 from sae_jax.progress import Progress
 from sae_jax.store import Folder, StoreWriter, open_store
 from sae_jax.subjects import load_subject
-from sae_jax.text import Document, corpus_of, is_heldout
+from sae_jax.text import Corpus, Document, corpus_of, is_heldout
 
 WIDTHS = {"resid_post.0": 6, "mlp_out.0": 10}
 VOCABULARY = 50
@@ -507,6 +507,32 @@ def test_a_folder_with_other_things_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not a store and not empty"):
         run_harvest(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    "fault", ["site", "setting", "begun", "other things", "rights"]
+)
+def test_faults_are_told_before_the_text_is_read(store, tmp_path, monkeypatch, fault):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    out, settings, message = tmp_path / "a" / "b", {}, "right to write there"
+    if fault == "site":
+        settings, message = {"sites": ["resid_post.9"]}, "resid_post.9"
+    elif fault == "setting":
+        settings, message = {"batch_contexts": 0}, "batch_contexts = 0"
+    elif fault == "begun":
+        out, settings, message = store.path, {"seed": 1}, "begun with seed = 0"
+    elif fault == "other things":
+        (tmp_path / "notes.txt").write_text("ours")
+        out, message = tmp_path, "not a store and not empty"
+    else:
+        monkeypatch.setattr(Path, "touch", refuse)
+    corpus = Corpus(lambda: pytest.fail("the text was read"))
+    settings = {"sites": SITES, "progress": False} | SIZES | settings
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        harvest(TinySubject(), corpus, out, settings.pop("sites"), **settings)
+    assert "\n" not in str(error.value) and not (tmp_path / "a").exists()
 
 
 def test_activations_that_are_not_numbers_are_refused(tmp_path):

@@ -69,6 +69,22 @@ def test_a_part_is_a_fair_sample(tmp_path):
     assert 900 < np.mean(part) < 1100 and 500 < np.std(part) < 650
 
 
+def test_a_file_that_two_paths_give_is_refused(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    file = str(folder / "a.jsonl")
+    for paths in (
+        [str(folder), str(folder)],
+        [str(folder), file],
+        [file, str(folder / "1.txt"), str(tmp_path / "link" / "a.jsonl")],
+        [str(folder / "sub"), str(folder)],
+        ["hf:a/b", "hf:a/b"],
+    ):
+        with pytest.raises(ValueError, match="given twice, by .*: name it") as error:
+            open_corpus(paths)
+        assert repr(paths[0]) in str(error.value) and "\n" not in str(error.value)
+    open_corpus([file, str(folder / "sub")])
+
+
 def test_names_that_meet_are_two_documents(tmp_path):
     for root in "ab":
         (tmp_path / root).mkdir()

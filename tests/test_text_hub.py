@@ -12,7 +12,7 @@ from sae_jax.text import open_corpus, read_documents
 def test_a_missing_extra_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"datasets must be .*'sae_jax\[text\]'$"):
-        open_corpus(["hf:someone/something"])
+        read_documents(["hf:someone/something"])
 
 
 @pytest.fixture
@@ -68,5 +68,5 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch):
     # Nobody listens there.
     monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(OSError, match=r"hf:a/b from .* \(Connect.*network") as error:
-        open_corpus(["hf:a/b:train"])
+        read_documents(["hf:a/b:train"])
     assert "\n" not in str(error.value)

@@ -125,6 +125,7 @@ def test_no_line_at_all_is_no_text(tmp_path):
 def test_a_file_that_changed_is_named(tmp_path, name):
     (tmp_path / name).write_text('{"text": "a"}\n')
     corpus = open_corpus([str(tmp_path)])
+    assert corpus.identity
     (tmp_path / name).write_text('{"text": "ab"}\n')
     with pytest.raises(ValueError, match=f"{name} has changed since"):
         list(corpus.iterate(0))

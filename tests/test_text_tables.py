@@ -15,7 +15,7 @@ def test_a_missing_extra_is_said(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(ValueError, match=r"pyarrow.*pip install 'sae_jax\[text\]'$"):
-        open_corpus([str(tmp_path)])
+        read_documents([str(tmp_path)])
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_faults_of_a_saved_dataset_are_named(tmp_path, datasets):
     folder = tmp_path / "saved"
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(folder)
     with pytest.raises(ValueError, match="no column 'body': .*'text'"):
-        open_corpus([str(folder)], "body")
+        read_documents([str(folder)], "body")
     table = folder / "data-00000-of-00001.arrow"
     table.write_bytes(table.read_bytes()[:-2000])
     with pytest.raises(ValueError, match=f"{table.name} is not a whole table"):

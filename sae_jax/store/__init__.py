@@ -21,7 +21,7 @@ error too, never rows of zeros.
 `open_store` reads one, `StoreWriter` writes one.
 """
 
-from sae_jax.store.begin import choose_manifest
+from sae_jax.store.begin import check_place, choose_manifest
 from sae_jax.store.folder import Folder
 from sae_jax.store.layout import SPLITS, Manifest, find_manifest, read_manifest
 from sae_jax.store.quantise import Stored
@@ -43,6 +43,7 @@ __all__ = [
     "StoreWriter",
     "Stored",
     "Text",
+    "check_place",
     "choose_manifest",
     "find_manifest",
     "is_row",

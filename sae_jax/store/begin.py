@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from sae_jax.files import LOCK_FILE
+from sae_jax.files import LOCK_FILE, make_writable
 from sae_jax.store.folder import Folder
 from sae_jax.store.layout import Manifest, find_manifest
 
@@ -31,6 +31,17 @@ def choose_manifest(folder: Folder, planned: Manifest) -> Manifest:
         return planned
     _check_same_settings(folder, begun, dataclasses.asdict(planned))
     return begun
+
+
+def check_place(folder: Folder, planned: Manifest) -> None:
+    """ValueError or OSError if no store with these settings, of whatever text, can
+    begin or go on there; nothing is made."""
+    begun = find_manifest(folder)
+    corpus = planned.corpus if begun is None else begun.corpus
+    choose_manifest(folder, dataclasses.replace(planned, corpus=corpus))
+    if begun is None and folder.is_local:
+        path = folder.path.absolute()
+        make_writable(next(each for each in (path, *path.parents) if each.exists()))
 
 
 def _read_begun(folder: Folder) -> Manifest | None:

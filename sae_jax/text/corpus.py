@@ -8,8 +8,9 @@ the corpus is a fair sample of it. Of the text no more than that buffer is in me
 
 import functools
 import hashlib
+import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +29,13 @@ _SHUFFLED_CHARACTERS = 2**26
 class Corpus:
     """Documents to iterate over, as often as wanted. At least one source is needed.
 
-    `identity` is a sha256 of the sources' names and contents. A source takes about a
-    kilobyte of memory.
+    The sources are opened, which takes reading them, when `identity` or documents are
+    first asked for. `identity` is a sha256 of their names and contents. A source takes
+    about a kilobyte of memory.
     """
 
-    def __init__(self, sources: Iterable[Source]):
-        self._sources = sorted(
-            sources, key=lambda source: (source.name, source.identity)
-        )
+    def __init__(self, open_sources: Callable[[], Iterable[Source]]):
+        self._open_sources = open_sources
 
     @functools.cached_property
     def identity(self) -> str:
@@ -61,6 +61,12 @@ class Corpus:
                 f"no text: none of {len(self._sources)} sources holds a document: give "
                 f"files with text in them: {names}"
             )
+
+    @functools.cached_property
+    def _sources(self) -> list[Source]:
+        return sorted(
+            self._open_sources(), key=lambda source: (source.name, source.identity)
+        )
 
     def _shuffle(self, seed: int) -> Iterator[Document]:
         sources = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
@@ -90,20 +96,27 @@ def open_corpus(paths: Sequence[str], text_field: str = TEXT_FIELD) -> Corpus:
 
     Folders are walked whole; hidden folders, links that lead out of the folder,
     and files that hold a NUL or do not decode are left out. A file that is named
-    itself is held to the same test. Every file is read once, for its hash. Records
-    give their field `text_field`. Raises FileNotFoundError for a path that is not
-    there and ValueError where a path gives no text or a file is damaged.
+    itself is held to the same test. Records give their field `text_field`. Raises
+    FileNotFoundError for a path that is not there and ValueError where two paths give
+    the same file; and, when the corpus is first used, which reads every file once for
+    its hash, ValueError where a path gives no text or a file is damaged.
     """
     if not paths:
         raise ValueError("no text: the list of paths is empty; give a folder")
+    files = [_list_files(path) for path in paths]
+    _check_apart(paths, files)
     return Corpus(
-        source for path in paths for source in _open_path(path, text_field)
+        lambda: (
+            source
+            for path, its in zip(paths, files, strict=True)
+            for source in _open_path(path, its, text_field)
+        )
     )
 
 
 def corpus_of(documents: Iterable[Document]) -> Corpus:
     """The corpus of documents that are in memory."""
-    return Corpus(
+    sources = [
         Source(
             document.name,
             hashlib.sha256(document.text.encode()).hexdigest(),
@@ -111,7 +124,8 @@ def corpus_of(documents: Iterable[Document]) -> Corpus:
             is_one_document=True,
         )
         for document in documents
-    )
+    ]
+    return Corpus(lambda: sources)
 
 
 def read_documents(
@@ -128,18 +142,41 @@ def list_documents(corpus: Corpus) -> list[Document]:
     )
 
 
-def _open_path(text_path: str, text_field: str) -> list[Source]:
+def _list_files(text_path: str) -> list[tuple[str, Path]]:
+    """Name and path of each file; of a dataset of the Hub, its address."""
+    root = Path(text_path)
+    if text_path.startswith(PREFIX):
+        return [(text_path, root)]
+    if root.is_file():
+        return [(decode_name(root.name), root)]
+    if root.is_dir():
+        return list(walk(root))
+    raise FileNotFoundError(
+        f"no file or folder {text_path!r}: give a text file or a folder of them"
+    )
+
+
+def _check_apart(
+    paths: Sequence[str], files: Sequence[Sequence[tuple[str, Path]]]
+) -> None:
+    """ValueError if two of the paths give the same file."""
+    given: dict[str, int] = {}
+    for index, its in enumerate(files):
+        for _, file in its:
+            first = given.setdefault(os.path.realpath(file), index)
+            if first != index:
+                raise ValueError(
+                    f"{str(file)!r} is given twice, by {paths[first]!r} and by "
+                    f"{paths[index]!r}: name it once, as its documents would count "
+                    "double"
+                )
+
+
+def _open_path(
+    text_path: str, files: Sequence[tuple[str, Path]], text_field: str
+) -> list[Source]:
     if text_path.startswith(PREFIX):
         return [open_hub(text_path, text_field)]
-    root = Path(text_path)
-    if root.is_file():
-        files = [(decode_name(root.name), root)]
-    elif root.is_dir():
-        files = list(walk(root))
-    else:
-        raise FileNotFoundError(
-            f"no file or folder {text_path!r}: give a text file or a folder of them"
-        )
     found = [_open_file(name, path, text_field) for name, path in files]
     sources = [source for source in found if source]
     if not sources:

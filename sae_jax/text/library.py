@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sae_jax.text.corpus import Corpus, list_documents
 from sae_jax.text.files import open_text, walk
-from sae_jax.text.source import Document
+from sae_jax.text.source import Document, Source
 
 # What of the standard library is not text for a language model: other people's
 # packages, tests (larger than the library itself), and two kinds of file that
@@ -23,6 +23,15 @@ def standard_library() -> Corpus:
     Without installed packages, tests and build records, so that the text depends
     on the Python version alone and names no machine.
     """
+    return Corpus(_open_library)
+
+
+def read_standard_library() -> list[Document]:
+    """Its documents, sorted by name."""
+    return list_documents(standard_library())
+
+
+def _open_library() -> list[Source]:
     root = Path(sysconfig.get_path("stdlib"))
     sources = [
         source
@@ -34,12 +43,7 @@ def standard_library() -> Corpus:
             f"no text in {str(root)!r}: this Python carries its standard library "
             "without source; give a folder with text files"
         )
-    return Corpus(sources)
-
-
-def read_standard_library() -> list[Document]:
-    """Its documents, sorted by name."""
-    return list_documents(standard_library())
+    return sources
 
 
 def _is_library_source(name: str) -> bool:
