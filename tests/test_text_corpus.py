@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pathlib
 import shutil
 import tracemalloc
 from collections import Counter
@@ -67,6 +68,22 @@ def test_a_part_is_a_fair_sample(tmp_path):
     assert 700 < np.mean([int(text) for text in firsts]) < 1300
     part = [int(document.text) for document in opened.iterate(0)][:200]
     assert 900 < np.mean(part) < 1100 and 500 < np.std(part) < 650
+
+
+def test_a_file_is_read_once_for_its_hash(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one")
+    write_lines(tmp_path / "b.jsonl", ["two"])
+    opened = []
+    open_path = pathlib.Path.open
+
+    def count(path, *arguments, **settings):
+        opened.append(path.name)
+        return open_path(path, *arguments, **settings)
+
+    monkeypatch.setattr(pathlib.Path, "open", count)
+    found = open_corpus([str(tmp_path)])
+    assert not opened
+    assert found.identity and sorted(opened) == ["a.txt", "b.jsonl"]
 
 
 def test_a_file_that_two_paths_give_is_refused(folder, tmp_path):

@@ -2,10 +2,11 @@
 
 import gzip
 import json
+import os
 
 import pytest
 
-from sae_jax.text import Document, open_corpus, read_documents
+from sae_jax.text import Document, corpus, open_corpus, read_documents
 
 TEXTS = ["one", "zwei \u00e4\r\n\tdrei", "", "vier \U0001f600 \u2028 end"]
 
@@ -124,8 +125,21 @@ def test_no_line_at_all_is_no_text(tmp_path):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
 def test_a_file_that_changed_is_named(tmp_path, name):
     (tmp_path / name).write_text('{"text": "a"}\n')
-    corpus = open_corpus([str(tmp_path)])
-    assert corpus.identity
+    opened = open_corpus([str(tmp_path)])
+    assert opened.identity
     (tmp_path / name).write_text('{"text": "ab"}\n')
     with pytest.raises(ValueError, match=f"{name} has changed since"):
-        list(corpus.iterate(0))
+        list(opened.iterate(0))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(corpus, "_SHUFFLED_DOCUMENTS", 1)
+    file = tmp_path / f"a.jsonl{suffix}"
+    data = make_lines(TEXTS)
+    file.write_bytes(gzip.compress(data) if suffix else data)
+    documents = open_corpus([str(file)]).iterate(0)
+    next(documents)
+    os.utime(file, ns=(0, 0))
+    with pytest.raises(ValueError, match=f"{file.name} has changed since"):
+        list(documents)

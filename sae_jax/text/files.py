@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from sae_jax.text.source import (
+    PIECE,
     Document,
     File,
     Source,
@@ -16,8 +17,6 @@ from sae_jax.text.source import (
     open_stream,
 )
 from sae_jax.text.tables import list_saved_tables
-
-_PIECE = 2**20  # bytes
 
 
 def walk(root: Path, without: Collection[str] = ()) -> Iterator[tuple[str, Path]]:
@@ -47,30 +46,29 @@ def decode_name(name: str) -> str:
 
 def open_text(name: str, path: Path) -> Source | None:
     """The file as one document; None if it holds a NUL or is not UTF-8."""
-    if not _is_text(path):
-        return None
-    file = hash_file(name, path)
-    return Source(name, file.sha256, functools.partial(_read_text, file), True)
-
-
-def _is_text(path: Path) -> bool:
-    decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        with _open(path) as stream, naming_damage(path):
-            while piece := stream.read(_PIECE):
-                if b"\0" in piece:
-                    return False
-                decoder.decode(piece)
-            decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        return False
-    return True
+        file = hash_file(name, path, _decode(path))
+    except UnicodeError:
+        return None
+    read = functools.partial(_read_text, file)
+    return Source(name, file.sha256, read, is_one_document=True)
+
+
+def _decode(path: Path) -> Iterator[bytes]:
+    """The file's bytes, unpacked; UnicodeError where they are no text."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with _open(path) as stream, naming_damage(path):
+        while piece := stream.read(PIECE):
+            if b"\0" in piece:
+                raise UnicodeError
+            decoder.decode(piece)
+            yield piece
+        decoder.decode(b"", final=True)
 
 
 def _read_text(file: File) -> Iterator[Document]:
-    with _open(Path(file.path)) as stream, naming_damage(file.path):
+    with file.unchanged(), _open(Path(file.path)) as stream, naming_damage(file.path):
         data = stream.read()
-    file.check_unchanged()
     yield Document(file.name, data.decode("utf-8"))
 
 

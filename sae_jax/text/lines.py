@@ -14,6 +14,7 @@ from sae_jax.text.source import (
     hash_file,
     naming_damage,
     open_stream,
+    read_pieces,
     take_text,
 )
 
@@ -38,14 +39,17 @@ def is_lines(path: Path, text_field: str) -> bool:
 
 def open_lines(name: str, path: Path, text_field: str) -> Source:
     """The documents of a file of JSON lines, named by their line."""
-    file = hash_file(name, path)
+    file = hash_file(name, path, read_pieces(path))
     identity = f"{text_field} {file.sha256}"
     return Source(name, identity, functools.partial(_read, file, text_field))
 
 
 def _read(file: File, text_field: str) -> Iterator[Document]:
-    file.check_unchanged()
-    with open_stream(file.path) as stream, naming_damage(file.path):
+    with (
+        file.unchanged(),
+        open_stream(file.path) as stream,
+        naming_damage(file.path),
+    ):
         for number, line in enumerate(stream, start=1):
             if line.strip():
                 where = f"{file.path}, line {number}"

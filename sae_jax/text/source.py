@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import io
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +14,7 @@ from typing import IO, Any
 TEXT_FIELD = "text"
 _SHOWN_FIELDS = 12
 _BUFFER = 2**20  # bytes
+PIECE = 2**16  # bytes of a file that are hashed at once
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,14 @@ class File:
     size: int
     changed_ns: int
 
-    def check_unchanged(self) -> None:
-        """ValueError if the file is not the one whose hash was taken."""
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """ValueError if the file, before or after, is not the one that was hashed."""
+        self._check()
+        yield
+        self._check()
+
+    def _check(self) -> None:
         status = Path(self.path).stat()
         if (status.st_size, status.st_mtime_ns) != (self.size, self.changed_ns):
             raise ValueError(
@@ -57,16 +64,26 @@ class File:
             )
 
 
-def hash_file(name: str, path: Path) -> File:
-    """The file, read once from end to end."""
+def hash_file(name: str, path: Path, pieces: Iterable[bytes]) -> File:
+    """The file; its hash is that of the pieces, which are read now."""
     status = path.stat()
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return File(
+        name, str(path), digest.hexdigest(), status.st_size, status.st_mtime_ns
+    )
+
+
+def read_pieces(path: Path) -> Iterator[bytes]:
+    """The file's bytes, as they lie on the disk."""
     with path.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return File(name, str(path), sha256, status.st_size, status.st_mtime_ns)
+        while piece := stream.read(PIECE):
+            yield piece
 
 
 def open_stream(path: str | Path) -> IO[bytes]:
-    """The file's bytes, unpacked where its name ends in `.gz`."""
+    """The file's bytes, unpacked where it is packed."""
     if str(path).lower().endswith(".gz"):
         return io.BufferedReader(gzip.open(path), _BUFFER)  # alone it is slow by line
     return open(path, "rb")

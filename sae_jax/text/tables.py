@@ -19,6 +19,7 @@ from sae_jax.text.source import (
     check_text,
     hash_file,
     import_extra,
+    read_pieces,
     show_names,
 )
 
@@ -54,7 +55,7 @@ def list_saved_tables(folder: Path, files: list[str]) -> list[str]:
 def open_table(name: str, path: Path, text_field: str) -> Source:
     """The documents of a Parquet or an Arrow file, named by their row."""
     _check_column(path, text_field)
-    file = hash_file(name, path)
+    file = hash_file(name, path, read_pieces(path))
     identity = f"{text_field} {file.sha256}"
     return Source(name, identity, functools.partial(_read, file, text_field))
 
@@ -76,9 +77,12 @@ def _check_column(path: Path, text_field: str) -> None:
 
 
 def _read(file: File, text_field: str) -> Iterator[Document]:
-    file.check_unchanged()
     number = 0
-    with _naming_damage(file.path), _open(Path(file.path)) as table:
+    with (
+        file.unchanged(),
+        _naming_damage(file.path),
+        _open(Path(file.path)) as table,
+    ):
         for batch in _read_batches(table, text_field):
             for text in batch.column(text_field).to_pylist():
                 number += 1
