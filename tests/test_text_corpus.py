@@ -70,6 +70,29 @@ def test_a_part_is_a_fair_sample(tmp_path):
     assert 900 < np.mean(part) < 1100 and 500 < np.std(part) < 650
 
 
+def test_a_part_of_a_file_larger_than_the_buffer_is_a_fair_sample(tmp_path):
+    texts = [f"{i:05d}" + 200 * "x" for i in range(20_000)]
+    write_lines(tmp_path / "a.jsonl", texts)
+    documents = list(open_corpus([str(tmp_path)]).iterate(0))
+    assert {d.name: d.text for d in documents} == {
+        f"a.jsonl:{i + 1}": text for i, text in enumerate(texts)
+    }
+    assert len(documents) == len(texts)
+    part = [int(document.text[:5]) for document in documents[:2000]]
+    assert 8000 < np.mean(part) < 12_000 and 5000 < np.std(part) < 6500
+    assert min(part) < 2000 and max(part) > 18_000
+
+
+def test_single_texts_and_lines_come_in_proportion(tmp_path):
+    for i in range(200):
+        (tmp_path / f"{i}.txt").write_text("one")
+    for i in range(50):
+        write_lines(tmp_path / f"{i}.jsonl", ["many"] * 20)
+    texts = [document.text for document in open_corpus([str(tmp_path)]).iterate(0)]
+    assert len(texts) == 1200
+    assert 0.1 < np.mean([text == "many" for text in texts[:100]])
+
+
 def test_a_file_is_read_once_for_its_hash(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("one")
     write_lines(tmp_path / "b.jsonl", ["two"])

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from sae_jax.text import Document, corpus, open_corpus, read_documents
+from sae_jax.text import Document, corpus, open_corpus, read_documents, source
 
 TEXTS = ["one", "zwei \u00e4\r\n\tdrei", "", "vier \U0001f600 \u2028 end"]
 
@@ -36,6 +36,32 @@ def test_another_field_blank_lines_and_line_ends(tmp_path):
         Document("a.jsonl:1", "x"),
         Document("a.jsonl:4", "y\0"),
     ]
+
+
+@pytest.mark.parametrize("piece", [1, 2, 7, 50, 500, 2**16])
+@pytest.mark.parametrize("end", ["", "\n", "\r\n\n"])
+def test_blocks_share_the_lines(tmp_path, monkeypatch, piece, end):
+    """Every line is of one block, under its number, however long it is."""
+    texts = ["x" * (37 * i % 200) for i in range(60)]
+    lines = [json.dumps({"text": text}) for text in texts]
+    lines[5], lines[30:33] = "", [""] * 3
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(("\n".join(lines) + end).encode())
+    whole = open_corpus([str(file)])
+    expected = {
+        f"a.jsonl:{i + 1}": text for i, text in enumerate(texts) if lines[i]
+    }
+    monkeypatch.setattr(source, "PIECE", piece)
+    cut = open_corpus([str(file)])
+    assert cut.identity == whole.identity
+    for each in whole, cut:
+        documents = list(each.iterate(0))
+        assert {d.name: d.text for d in documents} == expected
+        assert len(documents) == len(expected)
+    (of_cut,) = cut._sources
+    least = min(60, file.stat().st_size // max(piece, 300))
+    assert least <= len(of_cut.blocks) <= 62
+    assert (piece == 2**16) == (len(of_cut.blocks) == 1)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Parquet and what `datasets` saves: rows, and every fault by file and row."""
 
+import os
 import sys
 
+import numpy as np
 import pytest
 
-from sae_jax.text import Document, open_corpus, read_documents
+from sae_jax.text import Document, corpus, open_corpus, read_documents
 
 TEXTS = [f"text {i} \u00e4 " * (i % 7) for i in range(300)]
 
@@ -28,15 +30,99 @@ def write_parquet(arrow, file, columns, **options):
     parquet.write_table(arrow.table(columns), file, **options)
 
 
+def write_arrow(arrow, file, columns, row_group_size=None, is_file=False, **options):
+    new = arrow.ipc.new_file if is_file else arrow.ipc.new_stream
+    table = arrow.table(columns)
+    with new(file, table.schema, options=arrow.ipc.IpcWriteOptions(**options)) as sink:
+        sink.write_table(table, row_group_size)
+
+
+def write_feather(arrow, file, columns, **options):
+    write_arrow(arrow, file, columns, is_file=True, **options)
+
+
+WRITERS = {
+    "a.parquet": write_parquet,
+    "a.arrow": write_arrow,
+    "feather.arrow": write_feather,
+}
+
+
+def list_documents(file):
+    """In the order of the file."""
+    (source,) = open_corpus([str(file)])._sources
+    return [document for block in source.blocks for document in source.read(*block)]
+
+
+@pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("kind", ["string", "large_string", "dictionary"])
-def test_a_row_is_a_document(tmp_path, arrow, kind):
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_a_row_is_a_document(tmp_path, arrow, name, kind, compression):
     texts = arrow.array(TEXTS)
     texts = texts.dictionary_encode() if kind == "dictionary" else texts.cast(kind)
     columns = {"id": list(range(300)), "text": texts}
-    write_parquet(arrow, tmp_path / "a.parquet", columns, row_group_size=70)
-    assert list(open_corpus([str(tmp_path / "a.parquet")])._sources[0].read()) == [
-        Document(f"a.parquet:{i + 1}", text) for i, text in enumerate(TEXTS)
-    ]
+    options = {"row_group_size": 70, "compression": compression}
+    WRITERS[name](arrow, tmp_path / name, columns, **options)
+    expected = [Document(f"{name}:{i + 1}", text) for i, text in enumerate(TEXTS)]
+    assert list_documents(tmp_path / name) == expected
+    shuffled = list(open_corpus([str(tmp_path / name)]).iterate(0))
+    assert shuffled != expected
+    assert sorted(shuffled, key=lambda d: int(d.name.split(":")[1])) == expected
+
+
+def test_dictionaries_that_are_replaced_between_batches(tmp_path, arrow):
+    texts = [arrow.array(each).dictionary_encode() for each in ("ab", "ab", "cd")]
+    batches = [arrow.record_batch({"text": text}) for text in texts]
+    with arrow.ipc.new_stream(tmp_path / "a.arrow", batches[0].schema) as sink:
+        for batch in batches:
+            sink.write_batch(batch)
+    assert "".join(d.text for d in list_documents(tmp_path / "a.arrow")) == "ababcd"
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_part_of_a_table_is_a_fair_sample(tmp_path, arrow, name):
+    texts = [f"{i:05d}" for i in range(20_000)]
+    WRITERS[name](arrow, tmp_path / name, {"text": texts}, row_group_size=200)
+    documents = list(open_corpus([str(tmp_path)]).iterate(0))
+    assert sorted(document.text for document in documents) == texts
+    part = [int(document.text) for document in documents[:2000]]
+    assert 8000 < np.mean(part) < 12_000 and 5000 < np.std(part) < 6500
+    assert min(part) < 2000 and max(part) > 18_000
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_table_that_changes_while_it_is_read_is_named(
+    tmp_path, arrow, monkeypatch, name
+):
+    monkeypatch.setattr(corpus, "_SHUFFLED_DOCUMENTS", 1)
+    WRITERS[name](arrow, tmp_path / name, {"text": TEXTS})
+    documents = open_corpus([str(tmp_path)]).iterate(0)
+    next(documents)
+    os.utime(tmp_path / name, ns=(0, 0))
+    with pytest.raises(ValueError, match=f"{name} has changed since"):
+        list(documents)
+
+
+def test_tables_without_rows(tmp_path, arrow):
+    for name, write in WRITERS.items():
+        write(arrow, tmp_path / name, {"text": arrow.array([], arrow.string())})
+    with pytest.raises(ValueError, match="no text: none of 3 sources"):
+        read_documents([str(tmp_path)])
+    (tmp_path / "b.jsonl").write_text('{"text": "z"}\n')
+    assert read_documents([str(tmp_path)]) == [Document("b.jsonl:1", "z")]
+
+
+@pytest.mark.parametrize("name", ["a.arrow", "feather.arrow"])
+@pytest.mark.parametrize("n_left", [0, 3, 100, -400, -4])
+def test_a_torn_arrow_file_is_named(tmp_path, arrow, name, n_left):
+    file = tmp_path / name
+    WRITERS[name](arrow, file, {"text": TEXTS}, row_group_size=70)
+    if n_left == -4 and name == "a.arrow":
+        n_left = -12  # the mark of the end has 8 bytes, and may be left out
+    file.write_bytes(file.read_bytes()[:n_left])
+    with pytest.raises(ValueError, match=f"{name} is not a whole table") as error:
+        read_documents([str(file)])
+    assert "\n" not in str(error.value)
 
 
 def test_a_folder_may_hold_any_mixture(tmp_path, arrow):

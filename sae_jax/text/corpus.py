@@ -1,9 +1,11 @@
 """A corpus: the documents of many sources, in an order that a seed chooses.
 
 The order depends on the seed and on what is in the sources, not on where they lie or
-how they are listed: sources are taken in a permuted order, and the documents of those
-that hold many go through a buffer from which each is drawn at random, so that a part of
-the corpus is a fair sample of it. Of the text no more than that buffer is in memory.
+how they are listed: the blocks of all sources are taken in a permuted order, and the
+documents of those that hold many go through a buffer from which each is drawn at
+random. So a part of the corpus is a fair sample of it, as far as sources have blocks:
+one of gzip or of the Hub is a single block, read from its beginning. Of the text no
+more than that buffer is in memory.
 """
 
 import functools
@@ -31,7 +33,7 @@ class Corpus:
 
     The sources are opened, which takes reading them, when `identity` or documents are
     first asked for. `identity` is a sha256 of their names and contents. A source takes
-    about a kilobyte of memory.
+    about a kilobyte of memory, and some bytes for each of its blocks.
     """
 
     def __init__(self, open_sources: Callable[[], Iterable[Source]]):
@@ -69,21 +71,21 @@ class Corpus:
         )
 
     def _shuffle(self, seed: int) -> Iterator[Document]:
-        sources = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+        blocks = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
         drawn = random.Random(seed)
+        stops = np.cumsum([len(source.blocks) for source in self._sources])
         held: list[Document] = []
         n_characters = 0
-        for index in sources.permutation(len(self._sources)):
+        for place in blocks.permutation(sum(stops[-1:])):
+            index = np.searchsorted(stops, place, side="right")
             source = self._sources[index]
-            if source.is_one_document:
-                yield from source.read()
-                continue
-            for document in source.read():
+            block = source.blocks[place - stops[index]]  # counted from the last
+            for document in source.read(*block):
                 held.append(document)
                 n_characters += len(document.text)
-                while len(held) > _SHUFFLED_DOCUMENTS or (
-                    n_characters > _SHUFFLED_CHARACTERS
-                ):
+                # What is one document is mixed with others by the permutation.
+                most = len(held) - 1 if source.is_one_document else _SHUFFLED_DOCUMENTS
+                while len(held) > most or n_characters > _SHUFFLED_CHARACTERS:
                     document = _draw(held, drawn)
                     n_characters -= len(document.text)
                     yield document

@@ -6,10 +6,13 @@ import hashlib
 import importlib
 import io
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 TEXT_FIELD = "text"
 _SHOWN_FIELDS = 12
@@ -29,12 +32,14 @@ class Document:
 class Source:
     """What gives documents: the same, in the same order, at every reading.
 
-    `identity` tells its content and how that is read, but not where it lies.
+    `identity` tells its content and how that is read, but not where it lies. The
+    documents of `blocks[i]` are `read(*blocks[i])`; they can be read in any order.
     """
 
     name: str
     identity: str
-    read: Callable[[], Iterator[Document]]
+    read: Callable[..., Iterator[Document]]
+    blocks: Sequence[Sequence[int]] | NDArray[np.int64] = ((),)
     is_one_document: bool = False
 
 
@@ -82,9 +87,14 @@ def read_pieces(path: Path) -> Iterator[bytes]:
             yield piece
 
 
+def is_packed(path: str | Path) -> bool:
+    """Whether it is packed by gzip, by its name."""
+    return str(path).lower().endswith(".gz")
+
+
 def open_stream(path: str | Path) -> IO[bytes]:
     """The file's bytes, unpacked where it is packed."""
-    if str(path).lower().endswith(".gz"):
+    if is_packed(path):
         return io.BufferedReader(gzip.open(path), _BUFFER)  # alone it is slow by line
     return open(path, "rb")
 
