@@ -30,6 +30,7 @@ class Server:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits for its header's receipt
 
     def do_GET(self):
         path, query = self._read_url()
@@ -50,11 +51,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if wanted:
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             status, whole = 206, len(data)
-            data = data[int(first) : int(last) + 1 if last else None]
+            start = int(first) if first else max(0, whole - int(last))  # the last bytes
+            data = data[start : int(last) + 1 if first and last else None]
         self.send_response(status)
         if wanted:
-            end = int(first) + len(data) - 1
-            self.send_header("Content-Range", f"bytes {first}-{end}/{whole}")
+            stop = start + len(data)
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{whole}")
         self.send_header("x-goog-generation", str(generation))
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

@@ -2,6 +2,8 @@
 
 import errno
 
+import gcs_server
+import numpy as np
 import pytest
 import stores
 from numbered_stores import (
@@ -15,7 +17,10 @@ from numbered_stores import (
 )
 from s3_server import bucket, server  # noqa: F401
 
+from sae_jax.config import DataConfig
 from sae_jax.inspection import inspect
+from sae_jax.loader import StoreFeed
+from sae_jax.mesh import single_device_mesh
 from sae_jax.store import Folder, open_store
 
 pytest.importorskip("moto")
@@ -43,6 +48,33 @@ def test_a_bucket_holds_the_same_bytes_as_a_disk(bucket, tmp_path):  # noqa: F81
     acts = [part.read_contexts("mlp_act.1", sequences)[0] for part in (store, local)]
     assert acts[0].tobytes() == acts[1].tobytes()
     assert store.document_name(1) == "d"
+
+
+@pytest.fixture
+def google(monkeypatch):
+    started = gcs_server.Server()
+    started.set_environment(monkeypatch)
+    yield started
+    started.close()
+
+
+def test_google_cloud_storage_holds_the_same_bytes(google, tmp_path):
+    """Written with a stop, and read into batches."""
+    path = "gs://bucket/store"
+    writer = begin(path)
+    stores.write_shards(writer, gather_rows(), [0, 1])
+    writer.close()
+    write_store(path)
+    write_store(tmp_path / "store")
+    assert read_all(path) == read_all(tmp_path / "store")
+    batches = [read_batches(place) for place in (path, tmp_path / "store")]
+    assert len(batches[0]) == 5 and batches[0] == batches[1]
+
+
+def read_batches(path):
+    data = DataConfig(str(path), site="mlp_act.1", batch_rows=16, lanes=2)
+    feed = StoreFeed(data, single_device_mesh(), seed=0)
+    return [np.asarray(batch).tobytes() for batch in feed.batches(0, 5)]
 
 
 def test_faults_in_a_bucket_are_named(bucket):  # noqa: F811
