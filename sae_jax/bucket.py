@@ -30,7 +30,7 @@ import tensorstore as ts
 
 from sae_jax import processes
 from sae_jax.store import Folder
-from sae_jax.store.folder import is_unreachable, raise_plainly
+from sae_jax.store.folder import raise_plainly, raise_unless_data
 
 _META = "meta.json"
 _WRITER = ".writer"
@@ -198,8 +198,7 @@ class BucketManager:
                 )
             return jax.make_array_from_callback(target.shape, target.sharding, read)
         except (ValueError, OSError) as error:
-            if is_unreachable(self._folder, error):
-                raise_plainly(self._folder, error)
+            raise_unless_data(self._folder, error)
             text = str(error).splitlines()[0].partition(" [")[0]
             raise ValueError(
                 f"{self._folder.name_file(name)} is missing or damaged ({text}): "

@@ -9,12 +9,16 @@ _OBJECTS = "/storage/v1/b/bucket/o"
 
 
 class Server:
-    """Serves one bucket, `bucket`, at `endpoint`, until `close`."""
+    """Serves one bucket, `bucket`, at `endpoint`, until `close`.
+
+    Nobody has a right of those that `denied` names: `list`, `get`, `write`, `delete`.
+    """
 
     def __init__(self):
         self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._http.objects, self._http.n_written = {}, 0
-        self._http.lock = threading.Lock()
+        self._http.lock, self._http.denied = threading.Lock(), set()
+        self.denied = self._http.denied
         self.endpoint = f"http://127.0.0.1:{self._http.server_port}"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
@@ -35,6 +39,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         path, query = self._read_url()
         objects = self.server.objects
+        if self._deny("list" if path == _OBJECTS else "get"):
+            return None
         if path == _OBJECTS:
             start, stop = query.get("startOffset", ""), query.get("endOffset")
             names = sorted(
@@ -65,6 +71,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         _, query = self._read_url()
         data = self.rfile.read(int(self.headers["Content-Length"]))
+        if self._deny("write"):
+            return None
         name, wanted = query["name"], query.get("ifGenerationMatch")
         with self.server.lock:
             now, _ = self.server.objects.get(name, (0, b""))
@@ -77,6 +85,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_DELETE(self):
         path, _ = self._read_url()
+        if self._deny("delete"):
+            return None
         found = self.server.objects.pop(path.removeprefix(f"{_OBJECTS}/"), None)
         return self._fail(404) if found is None else self._answer({})
 
@@ -88,9 +98,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         query = urllib.parse.parse_qs(url.query, keep_blank_values=True)
         return urllib.parse.unquote(url.path), {k: v[0] for k, v in query.items()}
 
-    def _answer(self, values):
+    def _deny(self, right):
+        is_denied = right in self.server.denied
+        if is_denied:
+            self._answer({"error": {"code": 403, "message": "Forbidden"}}, 403)
+        return is_denied
+
+    def _answer(self, values, status=200):
         data = json.dumps(values).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

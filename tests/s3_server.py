@@ -2,10 +2,12 @@
 
 moto keeps its objects in memory, so a server that is killed loses them: whoever starts
 it again has to fill it. With the door shut nobody is let in, as with a server that is
-down; the objects are there when it opens again.
+down; the objects are there when it opens again. The server itself can deny everybody,
+as it does those who have no rights.
 """
 
 import contextlib
+import math
 import socket
 import subprocess
 import sys
@@ -66,6 +68,15 @@ class Server:
     def open(self):
         self._door.open()
 
+    @contextlib.contextmanager
+    def denying(self):
+        """Answers all requests with 403."""
+        self._let_in(0)
+        try:
+            yield
+        finally:
+            self._let_in(math.inf)
+
     def kill(self):
         self._process.kill()
         self._process.wait()
@@ -83,6 +94,15 @@ class Server:
             stderr=subprocess.DEVNULL,
         )
         self._make_bucket()
+
+    def _let_in(self, n_requests):
+        """From then on moto looks up who asks, and it knows nobody."""
+        request = urllib.request.Request(
+            f"{self.endpoint}/moto-api/reset-auth",
+            data=str(n_requests).encode(),
+            headers={"Content-Type": "text/plain"},
+        )
+        urllib.request.urlopen(request, timeout=5).close()
 
     def _make_bucket(self):
         request = urllib.request.Request(f"{self.endpoint}/bucket", method="PUT")

@@ -340,7 +340,9 @@ def test_a_run_in_a_bucket_is_evaluated(
     assert Folder(out).url == f"{bucket}/evaluations/1"
 
 
-def test_what_is_wrong_with_a_bucket_is_told(bucket, undisturbed):  # noqa: F811
+def test_what_is_wrong_with_a_bucket_is_told(
+    bucket, server, undisturbed  # noqa: F811
+):
     store, _, _ = undisturbed
     with pytest.raises(FileNotFoundError, match="no such bucket: make it"):
         loop.train(make_config(store), "s3://elsewhere/run")
@@ -348,3 +350,6 @@ def test_what_is_wrong_with_a_bucket_is_told(bucket, undisturbed):  # noqa: F811
         run.load(bucket)
     with pytest.raises(PermissionError, match="check the credentials"):
         raise_plainly(Folder(bucket), ValueError("PERMISSION_DENIED: HTTP 403"))
+    manager = BucketManager(Folder(bucket), is_read_only=True)
+    with server.denying(), pytest.raises(PermissionError, match="the credentials"):
+        manager._read("1/params", jax.ShapeDtypeStruct((1,), np.float32))

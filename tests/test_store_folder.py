@@ -33,8 +33,17 @@ def test_addresses_that_are_no_folder(url, message):
 @pytest.mark.parametrize(
     "text, expected, message",
     [
-        ("HTTP response code: 403 with body: no", PermissionError, "the credentials"),
+        ("x [http_response_code='403'] [", PermissionError, "the credentials"),
         ("PERMISSION_DENIED: no", PermissionError, "the credentials"),
+        ("UNAUTHENTICATED: no", PermissionError, "the credentials"),
+        (
+            "ExpiredToken: no [http_response_body='<Code>ExpiredToken</Code>'] "
+            "[http_response_code='400']",
+            PermissionError,
+            "the credentials",
+        ),
+        ('NOT_FOUND: "run403/x" [http_response_code=\'404\']', ValueError, "run403"),
+        ('DATA_LOSS: "UNAVAILABLE/PERMISSION_DENIED/x"', ValueError, "DATA_LOSS"),
         ("HTTP 404 with body: NoSuchBucket", FileNotFoundError, "no such bucket"),
         ("CURL error Could not connect", OSError, "cannot be reached"),
         ("UNAVAILABLE: 503", OSError, "cannot be reached"),
@@ -47,6 +56,16 @@ def test_what_a_service_says_is_told_plainly(text, expected, message):
         folders.raise_plainly(bucket, ValueError(text))
     assert type(error.value) is expected or expected is OSError
     assert expected is ValueError or str(bucket) in str(error.value)
+    if expected is not ValueError:  # told once
+        with pytest.raises(expected) as again:
+            folders.raise_plainly(bucket, error.value)
+        assert again.value is error.value
+
+
+def test_a_disk_that_denies_is_told_plainly():
+    text = "PERMISSION_DENIED: Failed to open: \"/a/b\" [os_error_code='13']"
+    with pytest.raises(PermissionError, match="/a: access denied .*get the right"):
+        folders.raise_plainly(Folder("/a"), ValueError(text))
 
 
 @pytest.mark.parametrize(

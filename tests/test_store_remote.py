@@ -10,6 +10,7 @@ from numbered_stores import (
     NAMES,
     ROWS,
     SITES,
+    T,
     begin,
     gather_rows,
     make_blocks,
@@ -21,7 +22,9 @@ from sae_jax.config import DataConfig
 from sae_jax.inspection import inspect
 from sae_jax.loader import StoreFeed
 from sae_jax.mesh import single_device_mesh
-from sae_jax.store import Folder, open_store
+from sae_jax.store import Folder, Text, open_store
+from sae_jax.store.checked import CheckedFiles, Piece
+from sae_jax.store.verify import verify
 
 pytest.importorskip("moto")
 
@@ -77,6 +80,25 @@ def read_batches(path):
     return [np.asarray(batch).tobytes() for batch in feed.batches(0, 5)]
 
 
+def test_google_cloud_storage_that_denies_has_no_damage(google):
+    path = "gs://bucket/store"
+    store = write_store(path)
+    # Who may not list is answered as if there were no files.
+    for right, message in (("get", "check the credentials"), ("list", "right to list")):
+        google.denied.add(right)
+        for read in (lambda: open_store(path), lambda: inspect(path, verify=True)):
+            with pytest.raises(PermissionError, match=message) as error:
+                read()
+            assert "delete" not in str(error.value)
+        if right == "get":
+            with pytest.raises(PermissionError, match=message):
+                store.read_ranges("mlp_act.1", [(0, 16)])
+        google.denied.clear()
+    google.denied.add("write")
+    with pytest.raises(PermissionError, match="check the credentials"):
+        begin("gs://bucket/other")
+
+
 def test_faults_in_a_bucket_are_named(bucket):  # noqa: F811
     with pytest.raises(FileNotFoundError, match=f"no store at '{bucket}'"):
         open_store(bucket)
@@ -121,6 +143,39 @@ def test_a_bucket_is_verified(bucket, server, tmp_path):  # noqa: F811
             inspect(bucket, verify=True)
     finally:
         server.open()
+
+
+def test_a_bucket_that_denies_has_no_damage(bucket, server):  # noqa: F811
+    """Rights that end while a store is written, read or verified."""
+    denied, folder = f"{bucket}: access denied .*check the credentials", Folder(bucket)
+    with server.denying(), pytest.raises(PermissionError, match=denied):
+        begin(bucket)
+    writer = begin(bucket)
+    with server.denying(), pytest.raises(PermissionError, match=denied):
+        stores.write_shards(writer, gather_rows(), [0, 1])
+    writer.close()
+    store = write_store(bucket)
+    manifest = store.manifest
+    files = CheckedFiles(folder, manifest)
+    with server.denying():
+        for read in (
+            lambda: store.read_ranges("mlp_act.1", [(0, 16)]),
+            lambda: store.read_tokens([0]),
+            lambda: store.statistics("mlp_act.1"),
+            lambda: open_store(bucket),
+            lambda: Text(folder, manifest).read("tokens", [0]),
+            lambda: list(files.read([Piece("tokens", 0, 0, 1)])),
+            lambda: verify(files),
+        ):
+            with pytest.raises(PermissionError, match=denied) as error:
+                read()
+            assert "delete" not in str(error.value)
+            assert "\n" not in str(error.value)
+    opened = CheckedFiles(folder, manifest)
+    assert next(opened.read([Piece("tokens", 0, 0, 1)])).shape == (1, T)
+    with server.denying(), pytest.raises(PermissionError, match=denied):
+        list(opened.read([Piece("tokens", 1, 0, 1)]))
+    assert not files.faults and not opened.faults
 
 
 def test_a_server_that_goes_away_is_one_line_and_nothing_is_lost(

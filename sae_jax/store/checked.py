@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sae_jax.store.folder import Folder, is_unreachable, raise_plainly
+from sae_jax.store.folder import Folder, raise_unless_data
 from sae_jax.store.layout import (
     MISSING,
     ArrayLayout,
@@ -43,7 +43,7 @@ class CheckedFiles:
 
     `written` are the row shards that are safe, ascending, and `faults` what is wrong,
     by the file's name in the store. `bytes_read` counts what could not be read, too. A
-    service that does not answer is an OSError.
+    service that does not answer, or lets nobody in, is an OSError.
     """
 
     def __init__(self, folder: Folder, manifest: Manifest):
@@ -151,8 +151,7 @@ class CheckedFiles:
         try:
             return self._cut(piece, read.result())
         except (ValueError, OSError) as error:
-            if is_unreachable(self.folder, error):
-                raise_plainly(self.folder, error)
+            raise_unless_data(self.folder, error)
             self.note(self.name_file(piece), _tell(error))
             return None
 

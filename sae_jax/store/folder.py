@@ -24,7 +24,14 @@ _URL = re.compile(r"(file|gs|s3)://(.*)", re.DOTALL)
 # pathlib makes one slash of the two.
 _ANY_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 _RETRIES = {"max_retries": 6, "initial_delay": "250ms", "max_delay": "4s"}
-_UNREACHABLE = ("CURL error", "retry attempts failed", "UNAVAILABLE", "DEADLINE")
+# Statuses of tensorstore are looked for where it puts them: a path may have any word.
+_UNREACHABLE = re.compile(
+    "^(UNAVAILABLE|DEADLINE_EXCEEDED):|CURL error|retry attempts failed"
+)
+_DENIED = re.compile(
+    r"^(PERMISSION_DENIED|UNAUTHENTICATED):|\[http_response_code='40[13]'\]|"
+    "<Code>(ExpiredToken|InvalidToken|TokenRefreshRequired)</Code>"  # S3: 400
+)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -118,32 +125,36 @@ def _range(prefix: str) -> ts.KvStore.KeyRange:
 
 def raise_plainly(folder: Folder, error: Exception) -> NoReturn:
     """`error` as OSError if the service or the disk is what failed, else as it is."""
+    raise_unless_data(folder, error)
+    raise error
+
+
+def raise_unless_data(folder: Folder, error: Exception) -> None:
+    """Raises OSError if the service, the disk or the right to it is what failed, and
+    not the data. An OSError of a folder says so already."""
     text = " ".join(str(error).split())
     if is_full_disk(error):
         raise OSError(errno.ENOSPC, f"the disk of {str(folder)!r} is full") from error
-    if not folder.is_local and any(sign in text for sign in _UNREACHABLE):
+    if isinstance(error, OSError):
+        raise error
+    if not folder.is_local and _UNREACHABLE.search(text):
         raise OSError(
             errno.EHOSTUNREACH,
             f"{folder} cannot be reached, after {_RETRIES['max_retries']} tries more "
             f"({_shorten(text)}): check the network and the service, and run the same "
             "command again",
         ) from error
-    if not folder.is_local and ("403" in text or "PERMISSION_DENIED" in text):
+    if _DENIED.search(text):
+        cure = "check the credentials and the rights of the bucket"
+        if folder.is_local:
+            cure = "get the right to read and write there"
         raise PermissionError(
-            errno.EACCES,
-            f"{folder}: access denied ({_shorten(text)}): check the credentials and "
-            "the rights of the bucket",
+            errno.EACCES, f"{folder}: access denied ({_shorten(text)}): {cure}"
         ) from error
     if "NoSuchBucket" in text:
         raise FileNotFoundError(
             errno.ENOENT, f"{folder}: there is no such bucket: make it, or give another"
         ) from error
-    raise error
-
-
-def is_unreachable(folder: Folder, error: Exception) -> bool:
-    """Whether a remote service failed, and not the data."""
-    return not folder.is_local and any(sign in str(error) for sign in _UNREACHABLE)
 
 
 def is_full_disk(error: Exception) -> bool:

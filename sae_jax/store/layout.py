@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from sae_jax.store.folder import Folder, is_unreachable, raise_plainly
+from sae_jax.store.folder import Folder, raise_plainly, raise_unless_data
 
 VERSION = 2
 SPLITS = ("train", "heldout")
@@ -226,8 +226,7 @@ def finish_read(read: Any, folder: Folder, file: str) -> Any:
     try:
         return read.result()
     except (ValueError, OSError) as error:
-        if is_unreachable(folder, error):
-            raise_plainly(folder, error)
+        raise_unless_data(folder, error)
         raise ValueError(
             f"damaged shard {folder.name_file(file)}: {tell_damage(error)}; "
             f"{tell_cure(file)}"

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from sae_jax.store.folder import Folder
+from sae_jax.store.folder import Folder, raise_unless_data
 from sae_jax.store.layout import (
     CURE,
     DOCUMENTS,
@@ -226,7 +226,8 @@ class Store:
             with ts.Batch() as batch:
                 write = ts.array(into).write(array[chunks], batch=batch)
             write.result()
-        except (ValueError, OSError):
+        except (ValueError, OSError) as error:
+            raise_unless_data(self._folder, error)
             layout = self._layouts[name]
             shards = chunks * layout.chunk_length // layout.shard_length
             for shard in np.unique(shards).tolist():  # to name the one that is damaged

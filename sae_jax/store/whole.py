@@ -4,10 +4,12 @@ The rest of the damage is found when a file is read. What is missing of a comple
 store a harvest makes anew, all but its text.
 """
 
+import errno
 from collections.abc import Iterable, Iterator
 
 from sae_jax.store.folder import Folder
 from sae_jax.store.layout import (
+    MANIFEST,
     ArrayLayout,
     Manifest,
     list_recorded,
@@ -58,6 +60,13 @@ def find_bad_files(
     """The name of each file that is not there or, on a disk, not of its full size; and
     what it is instead."""
     names = None if folder.is_local else set(folder.list())
+    if names is not None and MANIFEST not in names:
+        # tensorstore takes the answer of gs:// to who may not list for an empty list.
+        raise PermissionError(
+            errno.EACCES,
+            f"{folder}: {MANIFEST} can be read, and is not listed: get the right to "
+            "list the bucket",
+        )
     for array, shard, length in files:
         file, expected = array.shard_file(shard), array.shard_bytes(length)
         size = _find_size(folder, file, expected, names)

@@ -27,7 +27,7 @@ import numpy as np
 from sae_jax.files import check_space, lock_folder
 from sae_jax.store import statistics
 from sae_jax.store.begin import choose_manifest
-from sae_jax.store.folder import Folder, is_full_disk, is_unreachable, raise_plainly
+from sae_jax.store.folder import Folder, is_full_disk, raise_plainly
 from sae_jax.store.layout import (
     DOCUMENTS,
     MANIFEST,
@@ -281,10 +281,8 @@ class StoreWriter:
         try:
             yield
         except (OSError, ValueError) as error:
-            if is_unreachable(self.folder, error):
-                raise_plainly(self.folder, error)
             if not is_full_disk(error):
-                raise
+                raise_plainly(self.folder, error)
             missing = "before its text was packed"
             if self.manifest.is_packed:
                 needed = _count_missing_bytes(self.folder, self.manifest)
