@@ -45,8 +45,11 @@ def test_contexts_are_read_in_any_order(store):
         assert acts.shape == (5, T, 6) and is_row.all()
         tokens = store.read_tokens(sequences)
         np.testing.assert_array_equal(row_ids(acts), tokens % 1000)
-    with pytest.raises(ValueError, match="no context"):
-        store.read_tokens([len(store.sequences("train")) + 99])
+    assert store.read_tokens([]).shape == (0, T)
+    for read in (store.read_tokens, store.find_rows):
+        for missing in (-1, len(store.sequences("train")) + 99):
+            with pytest.raises(ValueError, match=f"no context {missing}"):
+                read([missing])
     for index, shard in enumerate(store.manifest.text_shards):
         if shard["contexts"] < PER_SHARD // T:  # the next is in the file, as zeros
             with pytest.raises(ValueError, match="no context"):
@@ -95,6 +98,40 @@ def test_rows_are_found_without_reading_every_text(store, path):
     assert len(selection.sequences) == 2
     edge = text.select("heldout", PER_SHARD - 1, 2)  # the last of a file, and the next
     assert edge.tokens[edge.is_wanted].tolist() == [PER_SHARD + 999, PER_SHARD + 1000]
+
+
+class Looked(list):
+    """A list that counts how often it is gone through."""
+
+    n_iterated = 0
+
+    def __iter__(self):
+        self.n_iterated += 1
+        return super().__iter__()
+
+
+def test_reading_costs_no_more_in_a_larger_store(store, path, monkeypatch):
+    """Each file of text that is asked for is read once, and no other looked at."""
+    manifest = find_manifest(Folder(path))
+    shards = [i for i, s in enumerate(manifest.text_shards) if s["split"] == "train"]
+    manifest.text_shards = Looked(manifest.text_shards)
+    text, read = Text(Folder(path), manifest), []
+    manifest.text_shards.n_iterated = 0
+    monkeypatch.setattr(
+        text,
+        "read",
+        lambda name, sequences: read.append((name, sequences[0] * T // PER_SHARD))
+        or Text.read(text, name, sequences),
+    )
+    text.select("train", 0, PER_SHARD)
+    text.select("train", 1, PER_SHARD)
+    assert read == [
+        (name, shard) for shard in shards[:2] for name in ("tokens", "documents")
+    ]
+    rows, is_row = text.find_rows(text.sequences("train")[::-1])
+    assert is_row.all() and len(read) == 2 * len(shards)
+    np.testing.assert_array_equal(rows.ravel()[:T], np.arange(-T, 0) + ROWS["train"])
+    assert manifest.text_shards.n_iterated == 0
 
 
 def test_names_of_another_number_are_refused(store, path):

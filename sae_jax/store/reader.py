@@ -178,7 +178,7 @@ class Store:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The number of the row at each position of these contexts, int64 [n, T], and
         whether there is one, bool [n, T]."""
-        return self._text.find_rows(np.asarray(sequences, np.int64))
+        return self._text.find_rows(sequences)
 
     def sequences(self, split: str) -> np.ndarray:
         """The indices of the split's contexts, ascending, int64."""
@@ -186,12 +186,12 @@ class Store:
 
     def read_tokens(self, sequences: Sequence[int] | np.ndarray) -> np.ndarray:
         """The token ids of these contexts, int32 [n, T]."""
-        return self._text.read("tokens", np.asarray(sequences))
+        return self._text.read("tokens", sequences)
 
     def read_documents(self, sequences: Sequence[int] | np.ndarray) -> np.ndarray:
         """The document id of every token of these contexts, int32 [n, T]; -1 is
         padding."""
-        return self._text.read("documents", np.asarray(sequences))
+        return self._text.read("documents", sequences)
 
     def document_name(self, document: int) -> str:
         return self._document_names[document]

@@ -7,7 +7,7 @@ A position is kept unless it is padding (document -1) or holds an excluded token
 import bisect
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tensorstore as ts
@@ -49,6 +49,16 @@ def is_row(
     return kept & ~np.isin(tokens, excluded_ids) if len(excluded_ids) else kept
 
 
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+    """The contexts of a file of text [n, T]: their tokens, the number in its split of
+    the row at each position, int64, and whether there is one."""
+
+    tokens: np.ndarray
+    rows: np.ndarray
+    is_row: np.ndarray
+
+
 class Text:
     """The contexts of a store whose text is packed, open for reading."""
 
@@ -56,7 +66,10 @@ class Text:
         self._folder, self._manifest = folder, manifest
         self._layouts = {array.name: array for array in list_text_arrays(manifest)}
         self._arrays: dict[str, ts.TensorStore] = {}
-        self._find_shard = functools.lru_cache(maxsize=64)(self._find_shard_rows)
+        self._read_shard = functools.lru_cache(maxsize=64)(self._read_shard_anew)
+        self._n_contexts = np.array(
+            [shard["contexts"] for shard in manifest.text_shards], np.int64
+        )
         # The files of text of each split, and how many of its rows come before each.
         self._shards_of: dict[str, list[int]] = {split: [] for split in SPLITS}
         self._rows_before: dict[str, list[int]] = {split: [] for split in SPLITS}
@@ -75,36 +88,34 @@ class Text:
         ]
         return np.concatenate([np.empty(0, np.int64), *parts])
 
-    def read(self, name: str, sequences: np.ndarray) -> np.ndarray:
+    def read(self, name: str, sequences: Sequence[int] | np.ndarray) -> np.ndarray:
         """`tokens` or `documents` of these contexts, int32 [n, T]."""
         sequences = np.asarray(sequences, np.int64)
-        self._check(sequences)
         values = np.empty((len(sequences), self._manifest.context_length), np.int32)
-        shards = sequences // self._manifest.contexts_per_shard
-        array = self._open(name)
+        array, layout = self._open(name), self._layouts[name]
         reads = [
-            (shard, shards == shard, array[sequences[shards == shard]].read())
-            for shard in np.unique(shards)
+            (places, layout.shard_file(shard), array[sequences[places]].read())
+            for shard, places in self._group(sequences)
         ]
-        for shard, inside, read in reads:
-            values[inside] = finish_read(
-                read, self._folder, self._layouts[name].shard_file(int(shard))
-            )
+        for places, file, read in reads:
+            values[places] = finish_read(read, self._folder, file)
         return values
 
-    def find_rows(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def find_rows(
+        self, sequences: Sequence[int] | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The number of the row at each position of contexts, int64 [n, T], and
         whether there is one, bool [n, T]."""
-        n, t = self._manifest.contexts_per_shard, self._manifest.context_length
-        rows = np.empty((len(sequences), t), np.int64)
-        is_kept = np.empty((len(sequences), t), bool)
-        for i, sequence in enumerate(np.asarray(sequences).tolist()):
-            shard, place = divmod(sequence, n)
-            rows_nt, is_kept_nt = self._find_shard(shard)
-            split = self._manifest.text_shards[shard]["split"]
-            rows[i] = self._manifest.first_row(split) + rows_nt[place]
-            is_kept[i] = is_kept_nt[place]
-        return rows, is_kept
+        sequences = np.asarray(sequences, np.int64)
+        shape = len(sequences), self._manifest.context_length
+        rows, is_there = np.empty(shape, np.int64), np.empty(shape, bool)
+        for shard, places in self._group(sequences):
+            first = self._manifest.first_row(self._manifest.text_shards[shard]["split"])
+            inside = sequences[places] % self._manifest.contexts_per_shard
+            found = self._read_shard(shard)
+            rows[places] = first + found.rows[inside]
+            is_there[places] = found.is_row[inside]
+        return rows, is_there
 
     def select(self, split: str, first: int, n_rows: int) -> Selection:
         """The contexts that hold these rows of the split."""
@@ -121,28 +132,24 @@ class Text:
         )
 
     def _select_in(self, shard: int, first: int, n_rows: int) -> Selection:
-        rows_nt, is_kept_nt = self._find_shard(shard)
-        is_wanted = is_kept_nt & (first <= rows_nt) & (rows_nt < first + n_rows)
+        found = self._read_shard(shard)
+        is_wanted = found.is_row & (first <= found.rows) & (found.rows < first + n_rows)
         chosen = np.flatnonzero(is_wanted.any(axis=1))
         sequences = shard * self._manifest.contexts_per_shard + chosen
-        tokens = self.read("tokens", sequences)
-        return Selection(sequences, tokens, is_wanted[chosen])
+        return Selection(sequences, found.tokens[chosen], is_wanted[chosen])
 
-    def _find_shard_rows(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+    def _read_shard_anew(self, shard: int) -> _Shard:
         split = self._manifest.text_shards[shard]["split"]
-        n = self._manifest.contexts_per_shard
-        contexts = self._manifest.text_shards[shard]["contexts"]
-        sequences = np.arange(shard * n, shard * n + contexts)
-        is_kept = is_row(
-            self.read("tokens", sequences),
-            self.read("documents", sequences),
-            self._manifest.excluded_ids,
-        )
+        first = shard * self._manifest.contexts_per_shard
+        sequences = np.arange(first, first + self._n_contexts[shard])
+        tokens = self.read("tokens", sequences)
+        documents = self.read("documents", sequences)
+        is_kept = is_row(tokens, documents, self._manifest.excluded_ids)
         place = bisect.bisect_left(self._shards_of[split], shard)
         before = self._rows_before[split][place]
         rows = before + np.cumsum(is_kept).reshape(is_kept.shape) - 1
         # The last rows of a split, short of a chunk, are not stored.
-        return rows, is_kept & (rows < self._manifest.rows[split])
+        return _Shard(tokens, rows, is_kept & (rows < self._manifest.rows[split]))
 
     def _open(self, name: str) -> ts.TensorStore:
         if name not in self._arrays:
@@ -150,14 +157,17 @@ class Text:
             self._arrays[name] = self._layouts[name].open(self._folder, n_shards)
         return self._arrays[name]
 
-    def _check(self, sequences: np.ndarray) -> None:
-        n, shards = self._manifest.contexts_per_shard, self._manifest.text_shards
-        filled = np.array([shard["contexts"] for shard in shards], np.int64)
-        shard = sequences // n
-        bad = (shard < 0) | (shard >= len(shards))
-        bad[~bad] = sequences[~bad] % n >= filled[shard[~bad]]
-        if bad.any():
+    def _group(self, sequences: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Each file of text that has some of these contexts, and which of them;
+        ValueError for one that is not there."""
+        shards, places = np.divmod(sequences, self._manifest.contexts_per_shard)
+        is_bad = (shards < 0) | (shards >= len(self._n_contexts))
+        is_bad[~is_bad] = places[~is_bad] >= self._n_contexts[shards[~is_bad]]
+        if is_bad.any():
             raise ValueError(
-                f"no context {sequences[bad][0]} in {str(self._folder)!r}, which has "
-                f"{filled.sum()} contexts"
+                f"no context {sequences[is_bad][0]} in {str(self._folder)!r}, which "
+                f"has {self._n_contexts.sum()} contexts"
             )
+        order = np.argsort(shards, kind="stable")
+        found, starts = np.unique(shards[order], return_index=True)
+        return zip(found.tolist(), np.split(order, starts)[1:], strict=True)
