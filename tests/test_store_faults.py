@@ -22,7 +22,7 @@ from numbered_stores import (
     write_store,
 )
 
-from sae_jax.store import Folder, open_store
+from sae_jax.store import Folder, StoreWriter, open_store
 
 
 @pytest.fixture
@@ -94,6 +94,19 @@ def test_a_damaged_record_is_named(store, path):
     manifest.write_text(json.dumps(values))
     with pytest.raises(ValueError, match="cannot read .*shards/1/mlp_act.1.npz"):
         begin(path).finish()
+
+
+def test_what_a_stopped_packing_left_is_deleted(store, path, tmp_path, monkeypatch):
+    stopped = tmp_path / "stopped"
+    monkeypatch.setattr(StoreWriter, "_write_block", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        begin(stopped)
+    monkeypatch.undo()
+    left = stopped / "tokens/c/99/0"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"left")
+    write_store(stopped, ROWS, SITES)
+    assert read_folder(stopped) == read_folder(path)
 
 
 class Stop(Exception):

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import stores
 from numbered_stores import (
+    PER_SHARD,
     ROWS,
     SITES,
+    T,
     begin,
     gather_rows,
     make_manifest,
@@ -25,6 +27,7 @@ from sae_jax.store import (
     open_store,
 )
 from sae_jax.store import begin as begins
+from sae_jax.store import writer as writers
 
 
 @pytest.fixture
@@ -118,6 +121,15 @@ def test_a_shard_has_the_rows_that_were_planned(path):
     with begin(path) as writer:
         with pytest.raises(ValueError, match="shard 1 has 63 rows, not 64"):
             writer.write_shard(1, {}, np.zeros((63, 2), np.int32))
+
+
+def test_a_text_may_have_as_many_contexts_as_positions_count(path, monkeypatch):
+    assert writers._MOST_CONTEXTS == 1 + np.iinfo(np.int32).max
+    monkeypatch.setattr(writers, "_MOST_CONTEXTS", 4 * PER_SHARD // T)
+    with pytest.raises(ValueError, match="more than the 32 contexts.*lower --max_rows"):
+        begin(path)
+    monkeypatch.setattr(writers, "_MOST_CONTEXTS", 5 * PER_SHARD // T)
+    assert begin(path).manifest.is_packed
 
 
 def test_refuses_a_folder_that_is_not_a_store(tmp_path):

@@ -45,7 +45,7 @@ from sae_jax.store.records import merge_records
 from sae_jax.store.text import Contexts, is_row
 from sae_jax.store.whole import is_whole, list_safe
 
-_MOST_TEXT_SHARDS = 2**20  # the array is cut to size when their number is known
+_MOST_CONTEXTS = 2**31  # positions of rows count them in int32
 _MB = 10**6
 
 
@@ -134,10 +134,17 @@ class StoreWriter:
         arrays = list_text_arrays(manifest)
         with self._full_disk_named():
             for array in arrays:  # of a packing that was stopped
-                for name in self.folder.list(f"{array.name}/"):
-                    self.folder.delete(name)
-            self._open(arrays, _MOST_TEXT_SHARDS)
+                self.folder.delete_all(f"{array.name}/")
+            # Cut to size when the number of files is known.
+            most = _MOST_CONTEXTS // manifest.contexts_per_shard
+            self._open(arrays, most)
             for block in blocks:
+                if len(shards) == most:
+                    raise ValueError(
+                        f"the text gives more than the {_MOST_CONTEXTS:,} contexts "
+                        f"that {str(self.folder)!r} can have: lower --max_rows, or "
+                        "raise --context_length"
+                    )
                 self._write_block(len(shards), block)
                 is_kept = is_row(block.tokens, block.documents, manifest.excluded_ids)
                 shards.append({
