@@ -68,6 +68,29 @@ def test_a_disk_that_denies_is_told_plainly():
         folders.raise_plainly(Folder("/a"), ValueError(text))
 
 
+def test_files_are_read_some_ahead_and_come_in_turn(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "_READS_AHEAD", 3)
+    folder, n_begun, n_taken = Folder(tmp_path), 0, 0
+    names = [f"{i}" for i in range(10)]
+    for name in names[1:]:
+        folder.write(name, name)
+    read = folder._files.read
+
+    class Files:
+        def read(self, name):
+            nonlocal n_begun
+            n_begun += 1
+            return read(name)
+
+    folder._files = Files()
+    for data in folder.read_each(names):
+        assert data == (f"{n_taken}".encode() if n_taken else None)
+        n_taken += 1
+        assert n_begun == min(10, n_taken + 3)
+    assert n_taken == 10
+    assert list(Folder(tmp_path / "nowhere").read_each(["a", "b"])) == [None, None]
+
+
 @pytest.mark.parametrize(
     "variables, expected",
     [

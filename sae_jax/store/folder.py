@@ -11,10 +11,12 @@ AWS_REGION, and AWS_ENDPOINT_URL for another service than Amazon's. A service th
 not answer is tried again for some seconds, and then is an OSError.
 """
 
+import collections
 import errno
+import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +34,7 @@ _DENIED = re.compile(
     r"^(PERMISSION_DENIED|UNAUTHENTICATED):|\[http_response_code='40[13]'\]|"
     "<Code>(ExpiredToken|InvalidToken|TokenRefreshRequired)</Code>"  # S3: 400
 )
+_READS_AHEAD = 64  # of small files: a bucket takes some 50 ms for each
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -45,7 +48,6 @@ class Folder:
             # A server that accepts and then says nothing would be waited for for ever.
             for name, value in {"TIME_SECONDS": "30", "LIMIT_BYTES": "1"}.items():
                 os.environ.setdefault(f"TENSORSTORE_CURL_LOW_SPEED_{name}", value)
-        self._files: ts.KvStore | None = None
 
     def __str__(self) -> str:
         return self.url
@@ -84,35 +86,52 @@ class Folder:
 
     def read(self, name: str) -> bytes | None:
         """The contents of a file; None if there is none."""
+        (data,) = self.read_each([name])
+        return data
+
+    def read_each(self, names: Iterable[str]) -> Iterator[bytes | None]:
+        """The contents of each file in turn, some of them read ahead."""
         if self.is_local and not self.path.is_dir():
-            return None
-        result = self._do("read", name)
-        return result.value if result.state == "value" else None
+            yield from (None for _ in names)
+            return
+        pending: collections.deque[Any] = collections.deque()
+        for name in names:
+            pending.append(self._files.read(name))
+            if len(pending) > _READS_AHEAD:
+                yield self._find_value(pending.popleft())
+        for read in pending:
+            yield self._find_value(read)
 
     def write(self, name: str, data: bytes | str) -> None:
-        self._do("write", name, data.encode() if isinstance(data, str) else data)
+        contents = data.encode() if isinstance(data, str) else data
+        self._finish(self._files.write(name, contents))
 
     def delete(self, name: str) -> None:
         """Deletes a file, if it is there."""
-        self._do("write", name, None)
+        self._finish(self._files.write(name, None))
 
     def delete_all(self, prefix: str) -> None:
         """Deletes all files whose names begin with `prefix`."""
-        self._do("delete_range", _range(prefix))
+        self._finish(self._files.delete_range(_range(prefix)))
 
     def list(self, prefix: str = "") -> list[str]:
         """The names of all files that begin with `prefix`, sorted."""
         if self.is_local and not self.path.is_dir():
             return []
-        names = self._do("list", _range(prefix))
+        names = self._finish(self._files.list(_range(prefix)))
         return sorted(name.decode("utf-8", "replace") for name in names)
 
-    def _do(self, action: str, *arguments: Any) -> Any:
+    @functools.cached_property
+    def _files(self) -> ts.KvStore:
+        return self._finish(ts.KvStore.open(self.kvstore(), context=self.context))
+
+    def _find_value(self, read: Any) -> bytes | None:
+        result = self._finish(read)
+        return result.value if result.state == "value" else None
+
+    def _finish(self, future: Any) -> Any:
         try:
-            if self._files is None:
-                spec = self.kvstore()
-                self._files = ts.KvStore.open(spec, context=self.context).result()
-            return getattr(self._files, action)(*arguments).result()
+            return future.result()
         except (ValueError, OSError) as error:
             raise_plainly(self, error)
 

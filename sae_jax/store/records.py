@@ -24,9 +24,10 @@ def merge_records(
     Raises ValueError for any record that cannot be read, of a held-out shard too.
     """
     sums = Sums.empty(manifest.sites[site], manifest.context_length)
-    row_shards = manifest.row_shards
-    for shard in sorted(shards):
-        found = read_record(folder, shard, site)
+    row_shards, ordered = manifest.row_shards, sorted(shards)
+    names = [record_name(shard, site) for shard in ordered]
+    for shard, name, data in zip(ordered, names, folder.read_each(names), strict=True):
+        found = _read_sums(folder, name, data)
         if row_shards[shard].split == "train":
             sums = sums + found
     return sums
@@ -35,14 +36,7 @@ def merge_records(
 def read_record(folder: Folder, shard: int, site: str) -> Sums:
     """The sums of a shard's rows; ValueError that names the file."""
     name = record_name(shard, site)
-    data = folder.read(name)
-    try:
-        return statistics.read_sums(data or b"")
-    except _BROKEN as error:
-        raise ValueError(
-            f"cannot read {folder.name_file(name)}: "
-            f"{MISSING if data is None else error}; {CURE_OF_ROWS}"
-        ) from error
+    return _read_sums(folder, name, folder.read(name))
 
 
 def read_site_statistics(folder: Folder, site: str) -> Statistics:
@@ -55,3 +49,13 @@ def read_site_statistics(folder: Folder, site: str) -> Statistics:
         return statistics.read_statistics(data)
     except _BROKEN as error:
         raise ValueError(f"cannot read {file}: {error}; {CURE_OF_ROWS}") from error
+
+
+def _read_sums(folder: Folder, name: str, data: bytes | None) -> Sums:
+    try:
+        return statistics.read_sums(data or b"")
+    except _BROKEN as error:
+        raise ValueError(
+            f"cannot read {folder.name_file(name)}: "
+            f"{MISSING if data is None else error}; {CURE_OF_ROWS}"
+        ) from error
