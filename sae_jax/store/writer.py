@@ -303,11 +303,12 @@ class StoreWriter:
 
 def _count_missing_bytes(folder: Folder, manifest: Manifest) -> int:
     safe = list_safe(folder, manifest)
+    shards = enumerate(manifest.row_shards)
+    missing = [shard.rows for index, shard in shards if index not in safe]
     return sum(
-        array.shard_bytes(shard.rows)
-        for index, shard in enumerate(manifest.row_shards)
-        if index not in safe
+        array.shard_bytes(rows)
         for array in list_row_arrays(manifest)
+        for rows in missing
     )
 
 
