@@ -134,7 +134,10 @@ def test_reading_costs_no_more_in_a_larger_store(store, path, monkeypatch):
     assert manifest.text_shards.n_iterated == 0
 
 
-def test_names_of_another_number_are_refused(store, path):
+def test_names_that_are_missing_or_of_another_number_are_refused(store, path):
     (path / "documents.json").write_text(json.dumps(NAMES[:2]))
     with pytest.raises(ValueError, match="documents.json has 2 names, the store 3"):
+        open_store(path).document_name(0)
+    (path / "documents.json").unlink()
+    with pytest.raises(ValueError, match="documents.json is missing: restore the file"):
         open_store(path).document_name(0)

@@ -251,6 +251,14 @@ def is_made_anew(file: str) -> bool:
     return not file.startswith(("tokens/", "documents", MANIFEST))
 
 
+def read_whole(folder: Folder, name: str) -> bytes:
+    """A file that a complete store has; ValueError that names it if it is missing."""
+    data = folder.read(name)
+    if data is None:
+        raise ValueError(f"{folder.name_file(name)} is missing; {tell_cure(name)}")
+    return data
+
+
 def acts_name(site: str) -> str:
     return f"acts/{site}"
 
@@ -283,7 +291,7 @@ def find_manifest(folder: Folder) -> Manifest | None:
     data = folder.read(MANIFEST)
     if data is None:
         return None
-    file = folder.name_file(MANIFEST)
+    file, cure = folder.name_file(MANIFEST), "delete the folder and harvest again"
     try:
         values = json.loads(data)
         version = values["version"]
@@ -291,10 +299,8 @@ def find_manifest(folder: Folder) -> Manifest | None:
             return Manifest(**values)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} is not a store's manifest ({error}): delete the folder and "
-            "harvest again"
+            f"{file} is not a store's manifest ({error}): {cure}"
         ) from error
-    cure = "delete the folder and harvest again"
     if isinstance(version, int) and version > VERSION:
         cure = f"upgrade sae_jax (pip install -U sae_jax), or {cure}"
     raise ValueError(

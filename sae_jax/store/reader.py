@@ -20,6 +20,7 @@ from sae_jax.store.layout import (
     finish_read,
     list_row_arrays,
     read_manifest,
+    read_whole,
     scales_name,
     tell_cure,
 )
@@ -253,9 +254,9 @@ class Store:
 
 def read_document_names(folder: Folder, manifest: Manifest) -> list[str]:
     """The names by id; ValueError that names the file."""
-    file = folder.name_file(DOCUMENTS)
+    data, file = read_whole(folder, DOCUMENTS), folder.name_file(DOCUMENTS)
     try:
-        names = json.loads(folder.read(DOCUMENTS) or b"")
+        names = json.loads(data)
     except ValueError as error:
         raise ValueError(f"cannot read {file}: {error}; {CURE}") from error
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):

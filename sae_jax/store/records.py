@@ -8,6 +8,7 @@ from sae_jax.store.layout import (
     CURE_OF_ROWS,
     MISSING,
     Manifest,
+    read_whole,
     record_name,
     statistics_name,
 )
@@ -42,12 +43,11 @@ def read_record(folder: Folder, shard: int, site: str) -> Sums:
 def read_site_statistics(folder: Folder, site: str) -> Statistics:
     """Of all train rows of a complete store; ValueError that names the file."""
     name = statistics_name(site)
-    data, file = folder.read(name), folder.name_file(name)
-    if data is None:
-        raise ValueError(f"{file} is missing: {CURE_OF_ROWS}")
+    data = read_whole(folder, name)
     try:
         return statistics.read_statistics(data)
     except _BROKEN as error:
+        file = folder.name_file(name)
         raise ValueError(f"cannot read {file}: {error}; {CURE_OF_ROWS}") from error
 
 
