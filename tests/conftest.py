@@ -1,11 +1,18 @@
 """Eight virtual CPU devices for every test, and the fixtures that many share."""
 
 import os
+import shutil
+import tempfile
 
 # Read at the first device query: eight virtual devices on few cores deadlock when the
 # CPU client sizes its thread pool by the number of cores.
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests, and the processes that they start, ask for the same programs again and again:
+# each is compiled once in a run of the tests. Read when jax is imported.
+PROGRAMS = tempfile.mkdtemp(prefix="sae_jax-programs-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", PROGRAMS)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -18,6 +25,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 
 MESHES = [(1, 1), (1, 8), (2, 4), (8, 1)]
+
+
+def pytest_unconfigure():
+    shutil.rmtree(PROGRAMS, ignore_errors=True)
 
 
 @pytest.fixture(params=MESHES, ids=lambda shape: "x".join(map(str, shape)))
