@@ -72,8 +72,11 @@ POINTS = {
 )
 @pytest.mark.parametrize(
     "point",
-    ["latents over devices"]
-    + [pytest.param(p, marks=pytest.mark.slow) for p in ("micro-batches", "one device")],
+    [
+        "latents over devices",
+        pytest.param("micro-batches", marks=pytest.mark.slow),
+        pytest.param("one device", marks=pytest.mark.slow),
+    ],
 )
 def test_the_model_agrees_with_a_run(point):
     mesh_shape, rows, part, sae = POINTS[point]
