@@ -255,7 +255,7 @@ def read_whole(folder: Folder, name: str) -> bytes:
     """A file that a complete store has; ValueError that names it if it is missing."""
     data = folder.read(name)
     if data is None:
-        raise ValueError(f"{folder.name_file(name)} is missing; {tell_cure(name)}")
+        raise ValueError(f"{folder.name_file(name)} is missing: {tell_cure(name)}")
     return data
 
 
