@@ -44,6 +44,8 @@ ROWS_PER_SHARD = 16384
 ROWS_PER_CHUNK = 64
 HELDOUT_EVERY = 5
 BATCH_CONTEXTS = 16
+# Tokens in a context unless asked for: what some subjects read, no memory holds.
+CONTEXT_LENGTH = 2048
 WAIT_SECS = 600.0
 _POLL_SECS = 1.0
 _GB = 10**9
@@ -82,7 +84,8 @@ def harvest(
         corpus: the text, from `sae_jax.text`.
         out: a folder, or a gs:// or s3:// address.
         sites: as `resid_post.3`.
-        context_length: tokens in a context; None: the subject's.
+        context_length: tokens in a context; None: what the subject reads, at most
+            2048.
         max_rows: of both splits together; None: all the text gives.
         max_gb: the size of rows and text, at most, in 10^9 bytes; None: any.
         dtype: `bfloat16`, or `int8` with a scale for each row.
@@ -117,9 +120,7 @@ def harvest(
         subject,
         sites,
         corpus="",
-        context_length=(
-            subject.context_length if context_length is None else context_length
-        ),
+        context_length=context_length,
         max_rows=max_rows,
         max_gb=max_gb,
         dtype=dtype,
@@ -154,7 +155,10 @@ def plan_store(
     subject: AnySubject, sites: Sequence[str], **settings: Any
 ) -> Manifest:
     """The manifest of a store whose text is still to be packed; `settings` are its
-    other fields. ValueError for what cannot be."""
+    other fields, `context_length` None for the usual one. ValueError for what cannot
+    be."""
+    if settings["context_length"] is None:
+        settings["context_length"] = min(CONTEXT_LENGTH, subject.context_length)
     t, chunk = settings["context_length"], settings["rows_per_chunk"]
     shard, max_rows = settings["rows_per_shard"], settings["max_rows"]
     least = {"context_length": 1, "heldout_every": 2, "rows_per_chunk": 1, "seed": 0}

@@ -23,7 +23,7 @@ from numbered_stores import read_folder
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sae_jax.files import lock_folder
-from sae_jax.harvest import harvest
+from sae_jax.harvest import harvest, plan_store
 from sae_jax.inspection import inspect
 from sae_jax.progress import Progress
 from sae_jax.store import Folder, StoreWriter, open_store
@@ -288,6 +288,16 @@ def test_damaged_text_is_not_made_anew(store, tmp_path):
         (path / file).unlink(missing_ok=True)
         with pytest.raises(ValueError, match="tokens/c/0/0.* is missing; restore the"):
             run_harvest(path)
+
+
+@pytest.mark.parametrize("reads, usual", [(16, 16), (9000, 2048)])
+def test_contexts_are_no_longer_than_usual_unless_asked_for(reads, usual):
+    settings = {"rows_per_shard": 1, "rows_per_chunk": 1, "heldout_every": 2, "seed": 0}
+    settings |= {"max_rows": None, "bos": "none", "corpus": ""}
+    subject = TinySubject(context_length=reads)
+    for asked, length in ((None, usual), (reads, reads)):
+        manifest = plan_store(subject, SITES, context_length=asked, **settings)
+        assert manifest.context_length == length
 
 
 CHANGES = {

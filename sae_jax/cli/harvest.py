@@ -28,7 +28,9 @@ _TEXT_FIELD = flags.DEFINE_string("text_field", "text", "of JSON lines and table
 _OUT = flags.DEFINE_string("out", None, "the store's folder, or gs:// or s3://")
 _WEIGHTS_OVER = flags.DEFINE_integer("weights_over", 1, "devices that share weights")
 _SETTINGS: list[flags.FlagHolder] = [
-    flags.DEFINE_integer("context_length", None, "tokens in a context; the subject's"),
+    flags.DEFINE_integer(
+        "context_length", None, "tokens in a context; the subject's, at most 2048"
+    ),
     flags.DEFINE_integer("max_rows", None, "stop at so many rows"),
     flags.DEFINE_float("max_gb", None, "stop at so many 10^9 bytes of rows and text"),
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "int8"], "of the rows"),

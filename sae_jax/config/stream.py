@@ -17,7 +17,7 @@ class StreamConfig:
     )
     text_field: str = setting("text", "of JSON lines and tables")
     context_length: int | None = setting(
-        None, "tokens in a context; None: as many as the subject reads"
+        None, "tokens in a context; None: what the subject reads, at most 2048"
     )
     bos: str | None = setting(
         None,

@@ -250,7 +250,7 @@ def _plan(subject: Subject, config: TrainConfig) -> Manifest:
         subject,
         (),
         corpus="",
-        context_length=stream.context_length or subject.context_length,
+        context_length=stream.context_length,
         max_rows=None,
         bos=bos,
         heldout_every=config.data.heldout_every or HELDOUT_EVERY,
