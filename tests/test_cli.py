@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -30,6 +31,7 @@ def main(argv):
         "value": ValueError("k = 9 is more than 8\\\\nand more"),
         "file": FileNotFoundError(2, "No such file or directory", "store/"),
         "stop": KeyboardInterrupt(), "bug": TypeError("not expected"),
+        "internal": jax.errors.JaxRuntimeError("INTERNAL: a bug"),
     }
     if argv[1:]:
         raise errors[argv[1]]
@@ -79,6 +81,7 @@ OTHER = [
     ["fake", "--help"],
     ["train", "--help"],
     ["fake", "bug"],
+    ["fake", "internal"],
     ["fake", "value", "--verbosity=1"],
     ["fake", "--cpu_devices=40", "--size=7", "--verbosity=-1"],
 ]
@@ -143,6 +146,7 @@ def test_help_of_train_tells_of_every_field(outcomes):
 
 def test_bugs_and_verbose_errors_keep_their_traceback(outcomes):
     assert outcomes['["fake", "bug"]'][0] == "TypeError('not expected')"
+    assert outcomes['["fake", "internal"]'][0] == "JaxRuntimeError('INTERNAL: a bug')"
     status = outcomes['["fake", "value", "--verbosity=1"]'][0]
     assert status.startswith("ValueError('k = 9")
 
@@ -178,3 +182,23 @@ def test_the_exit_code_tells_what_to_do_next(error, code, capsys):
         raise error
     assert stop.value.code == code
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command, cure",
+    [
+        ("harvest", "lower --batch_contexts or --context_length"),
+        ("train", "lower data.microbatch_rows or data.batch_rows, .*sae-jax plan"),
+        ("evaluate", "lower --batch_rows or --batch_sequences"),
+        ("inspect", "end what else uses it, or take a larger one"),
+    ],
+)
+def test_a_full_memory_is_told_with_its_cure(command, cure, capsys):
+    """As XLA tells of it when an array is made, on whatever machine this is."""
+    import jax.numpy as jnp
+
+    with pytest.raises(SystemExit) as stop, errors.in_one_line(f"sae-jax {command}"):
+        jnp.zeros((2**20, 2**20, 64)).block_until_ready()
+    assert stop.value.code == 1
+    line = rf"sae-jax {command}: the memory of a device is full \(RES.*\): {cure}.*\n"
+    assert re.fullmatch(line, capsys.readouterr().err)

@@ -19,6 +19,13 @@ _UNKNOWN_KEYWORD = re.compile(r"unexpected keyword argument '(\w+)'")
 _BAD_NUMBER = re.compile(r"(?:invalid literal|could not convert).*?('[^']*')")
 _NEAR = 1.3  # of 2; below it a field is no likely misspelling of another
 _VERBOSE = re.compile(r"--?(v|verbosity)=[1-9]")
+_OUT_OF_MEMORY = re.compile("RESOURCE_EXHAUSTED|out of memory")  # of jax, of torch
+_CURES = {
+    "sae-jax harvest": "lower --batch_contexts or --context_length",
+    "sae-jax train": "lower data.microbatch_rows or data.batch_rows, and with a stream "
+    "stream.batch_contexts or stream.context_length; sae-jax plan tells what fits",
+    "sae-jax evaluate": "lower --batch_rows or --batch_sequences",
+}
 
 
 class Misuse(Exception):
@@ -42,10 +49,11 @@ def in_one_line(program: str) -> Iterator[None]:
     """Exits with one line `program: message` where an expected error comes out."""
     try:
         yield
-    except _EXPECTED as error:
-        if any(map(_VERBOSE.fullmatch, sys.argv)):
+    except (*_EXPECTED, RuntimeError) as error:
+        is_bug = isinstance(error, RuntimeError) and not _is_out_of_memory(error)
+        if is_bug or any(map(_VERBOSE.fullmatch, sys.argv)):
             raise
-        print(f"{program}: {_message(error)}", file=sys.stderr)
+        print(f"{program}: {_message(error, program)}", file=sys.stderr)
         sys.exit(_status(error))
 
 
@@ -81,13 +89,21 @@ def misuse(error: Exception, arguments: list[str]) -> Misuse:
     return Misuse(f"the --config file: {lines[-1]}")
 
 
-def _message(error: BaseException) -> str:
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+def _message(error: BaseException, program: str) -> str:
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "interrupted"
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return where + error.strerror
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if _is_out_of_memory(error):
+        cure = _CURES.get(program, "end what else uses it, or take a larger one")
+        return f"the memory of a device is full ({line}): {cure}"
+    return line
 
 
 def _status(error: BaseException) -> int:
