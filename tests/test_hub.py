@@ -202,6 +202,27 @@ def test_a_model_is_fetched_once_and_then_found_without_the_hub(hub, fetch):
     assert len(hub.served) == n_served
 
 
+def test_a_name_and_a_folder_of_the_same_files_are_one_subject(hub, fetch, tmp_path):
+    """Also where one of the files that not every model has says what tokens begin and
+    end a text."""
+    config = json.loads(hub.files["config.json"])
+    config |= {"bos_token_id": None, "eos_token_id": None}
+    hub.files["config.json"] = json.dumps(config).encode()
+    hub.files["tokenizer_config.json"] = b"{}"
+    generation = {"bos_token_id": 5, "eos_token_id": [6, 7]}
+    hub.files["generation_config.json"] = json.dumps(generation).encode()
+    local = tmp_path / "local"
+    local.mkdir()
+    for name, content in hub.files.items():
+        if "/" not in name:
+            (local / name).write_bytes(content)
+    found = load_subject(fetch(hub.url, "org/model"))
+    expected = load_subject(str(local))
+    assert (found.bos_id, found.special_ids) == (5, (0, 5, 6, 7))
+    for field in ("identity", "bos_id", "special_ids", "pad_id"):
+        assert getattr(found, field) == getattr(expected, field)
+
+
 def test_a_torn_cache_is_not_taken_for_the_model(hub, fetch):
     folder = Path(fetch(hub.url, "org/model"))
     (folder / "model.safetensors").unlink()

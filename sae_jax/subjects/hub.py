@@ -15,6 +15,7 @@ _CONFIG_FILE = "config.json"
 _WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
 _FETCHED = (
     _CONFIG_FILE,
+    "generation_config.json",
     *_WEIGHTS_FILES,
     "model-*.safetensors",
     "tokenizer.json",
