@@ -42,12 +42,11 @@ def is_hub_name(text: str) -> bool:
     return not Path(text).exists() and _NAME.fullmatch(text) is not None
 
 
-def fetch(name: str, revision: str | None = None) -> Path:
+def fetch(name: str) -> Path:
     """The folder of the model, fetched where it is not in the cache already.
 
-    `revision` is what may stand behind an `@` in the name. Where the hub cannot be
-    reached, the cache is all there is. HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE
-    and HF_HUB_ETAG_TIMEOUT (seconds) are obeyed.
+    Where the hub cannot be reached, the cache is all there is. HF_ENDPOINT, HF_HOME,
+    HF_TOKEN, HF_HUB_OFFLINE and HF_HUB_ETAG_TIMEOUT (seconds) are obeyed.
 
     Raises:
         FileNotFoundError: there is no such model or revision.
@@ -58,7 +57,7 @@ def fetch(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
     repo, _, tag = name.partition("@")
-    revision = revision or tag or None
+    revision = tag or None
     seconds = constants.HF_HUB_ETAG_TIMEOUT
     try:
         # snapshot_download asks for the same, but would wait for ever.
