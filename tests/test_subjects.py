@@ -9,10 +9,18 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from sae_jax.subjects import Site, Subject, load_subject, next_token_loss, parse_site
+from sae_jax.subjects import (
+    Site,
+    Subject,
+    from_hook_name,
+    load_subject,
+    next_token_loss,
+    parse_site,
+    to_hook_name,
+)
 from sae_jax.subjects.folder import write_folder
 from sae_jax.subjects.llama import LlamaConfig, list_shapes
-from sae_jax.subjects.sites import KINDS, from_hook_name, to_hook_name
+from sae_jax.subjects.sites import KINDS
 from sae_jax.text import is_heldout, read_standard_library
 
 CONFIG = LlamaConfig(

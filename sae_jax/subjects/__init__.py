@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from sae_jax.subjects import folder, gpt2, hub
 from sae_jax.subjects.architectures import ARCHITECTURES
 from sae_jax.subjects.fields import Fields
-from sae_jax.subjects.sites import Site, parse_site
+from sae_jax.subjects.sites import Site, from_hook_name, parse_site, to_hook_name
 from sae_jax.subjects.subject import Subject
 from sae_jax.subjects.tokens import read_special_tokens, read_tokenizer
 from sae_jax.subjects.weights import list_weight_files, read_weights
@@ -28,10 +28,12 @@ __all__ = [
     "AnySubject",
     "Site",
     "Subject",
+    "from_hook_name",
     "load_any_subject",
     "load_subject",
     "next_token_loss",
     "parse_site",
+    "to_hook_name",
 ]
 
 AnySubject: TypeAlias = "Subject | TorchSubject"
