@@ -1,8 +1,8 @@
 """A subject: the weights, config and tokenizer of one language model."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +18,21 @@ from sae_jax.subjects.sites import KINDS, Replacement, Site, parse_site
 from sae_jax.subjects.weights import Weights
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Subject:
     """A language model: a pytree whose leaves are its weights.
 
     `identity` is the first 16 hex digits of a SHA-256 of the weight files and of what
     config.json says; the dtype of the matmuls is not in it.
-    Two subjects of one name, identity and shape share a compiled function.
+    Two subjects that differ in weights and tokenizer alone share a compiled function.
     A document begins with the token `bos_id`, if it is not None; `special_ids` are
     the tokens that stand for no text; `pad_id` may stand behind the end of a text.
     """
 
-    weights: Weights
+    # Equality decides what is compiled anew: weights and tokenizer take no part in it.
+    weights: Weights = dataclasses.field(compare=False)
     config: ModelConfig
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer = dataclasses.field(compare=False)
     name: str
     identity: str
     bos_id: int | None
@@ -144,60 +145,13 @@ class Subject:
         return site
 
 
-@dataclass(frozen=True)
-class _Static:
-    """What of a subject is no array. Equality decides what is compiled anew, so
-    the tokenizer, which no forward pass reads, takes no part in it."""
-
-    config: ModelConfig
-    name: str
-    identity: str
-    bos_id: int | None
-    special_ids: tuple[int, ...]
-    pad_id: int
-    tokenizer: Tokenizer
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and self._key() == other._key()
-
-    def __hash__(self) -> int:
-        return hash(self._key())
-
-    def _key(self) -> tuple:
-        return (
-            self.config,
-            self.name,
-            self.identity,
-            self.bos_id,
-            self.special_ids,
-            self.pad_id,
-        )
+def _flatten(subject: Subject) -> tuple[tuple[Weights], Subject]:
+    """The weights, and the subject without them, which is what is static."""
+    return (subject.weights,), dataclasses.replace(subject, weights={})
 
 
-def _flatten(subject: Subject) -> tuple[tuple[Weights], _Static]:
-    static = _Static(
-        subject.config,
-        subject.name,
-        subject.identity,
-        subject.bos_id,
-        subject.special_ids,
-        subject.pad_id,
-        subject.tokenizer,
-    )
-    return (subject.weights,), static
-
-
-def _unflatten(static: _Static, children: tuple[Weights]) -> Subject:
-    return Subject(
-        children[0],
-        static.config,
-        static.tokenizer,
-        static.name,
-        static.identity,
-        static.bos_id,
-        static.special_ids,
-        static.pad_id,
-    )
+def _unflatten(without: Subject, children: tuple[Weights]) -> Subject:
+    return dataclasses.replace(without, weights=children[0])
 
 
 jax.tree_util.register_pytree_node(Subject, _flatten, _unflatten)
