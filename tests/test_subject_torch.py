@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from sae_jax.harvest import harvest
 from sae_jax.subjects import load_subject
 from sae_jax.subjects.folder import write_folder
 from sae_jax.subjects.sites import KINDS
+from sae_jax.subjects.tokens import read_special_tokens
 from sae_jax.subjects.torch_model import TorchSubject, load_torch_subject
 from sae_jax.text import Document, corpus_of
 
@@ -364,18 +366,52 @@ def test_shards_are_the_same_weights(neox, tmp_path, tokens_bt):
         load_torch_subject(tmp_path)
 
 
-def test_special_tokens_are_those_of_config_and_tokenizer(neox):
+def test_special_tokens_are_those_of_config_and_tokenizer(neox, tmp_path):
+    shutil.copytree(neox, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").unlink()
+
     def load(**changes) -> TorchSubject:
-        change_config(neox, **changes)
-        return load_torch_subject(neox)
+        change_config(tmp_path, **changes)
+        return load_torch_subject(tmp_path)
 
     assert load().bos_id == 0 and load().special_ids == (0,)
     subject = load(bos_token_id=..., eos_token_id=[3, 4], pad_token_id=7)
     assert subject.bos_id is None
-    assert (subject.pad_id, subject.special_ids) == (7, (3, 7))
-    with pytest.raises(ValueError, match="bos_token_id is 300; give an id below"):
+    assert (subject.pad_id, subject.special_ids) == (7, (3, 4, 7))
+    with pytest.raises(ValueError, match="bos_token_id is 300; give the id, below"):
         load(bos_token_id=300)
-    load(bos_token_id=0, eos_token_id=0, pad_token_id=None)
+
+
+@pytest.mark.parametrize("says", [None, "<|endoftext|>"])
+def test_special_tokens_are_those_of_the_same_folder_in_jax(llama, tmp_path, says):
+    """A Qwen's config.json has a BOS token, and its tokenizer_config.json none."""
+    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
+    change_config(tmp_path, bos_token_id=3, eos_token_id=[4, 5])
+    generation = {"bos_token_id": 6, "eos_token_id": [7, 8]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": says}))
+    ours, theirs = load_subject(str(tmp_path)), load_torch_subject(tmp_path)
+    assert ours.bos_id == (None if says is None else 3)
+    for name in ("bos_id", "special_ids", "pad_id"):
+        assert getattr(theirs, name) == getattr(ours, name)
+
+
+def test_special_tokens_of_the_part_on_text(tmp_path):
+    part = {"bos_token_id": 3, "eos_token_id": 4}
+    fields = {"eos_token_id": None, "pad_token_id": 5, "text_config": part}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    special = read_special_tokens(tmp_path, make_tokenizer(), 300, None)
+    assert (special.bos_id, special.special_ids, special.pad_id) == (3, (3, 4, 5), 5)
+
+
+def test_an_index_that_names_other_files_is_refused(neox, tmp_path):
+    shutil.copytree(neox, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "other.safetensors")
+    index = {"weight_map": {"gpt_neox.embed_in.weight": "../other.safetensors"}}
+    path = tmp_path / "model" / "model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="not the name of a safetensors file beside"):
+        load_torch_subject(tmp_path / "model")
 
 
 def test_rows_that_do_not_fit_are_refused(neox):
@@ -396,7 +432,7 @@ def test_pickled_weights_are_refused(neox, tmp_path):
 
     (tmp_path / "config.json").write_bytes((neox / "config.json").read_bytes())
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(FileNotFoundError, match="pickled weights are never loaded"):
+    with pytest.raises(ValueError, match="pytorch_model.bin is a pickle"):
         load_torch_subject(tmp_path)
     assert not (tmp_path / "sprung").exists()
 
@@ -442,7 +478,7 @@ def test_tokenizers_that_do_not_fit_are_refused(neox, tmp_path):
     fields = json.loads((tmp_path / "tokenizer.json").read_text())
     fields["model"]["vocab"]["far"] = 300
     (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="has a token 300, the model 300 embeddings"):
+    with pytest.raises(ValueError, match="token .far. with id 300, .* of 300: give"):
         load_torch_subject(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="has no tokenizer.json"):

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from sae_jax.subjects.fields import read_json
+from sae_jax.subjects.fields import Fields, read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -36,16 +36,17 @@ def read_tokenizer(folder: Path, vocab_size: int, is_gpt2: bool) -> Tokenizer:
     or has tokens that the model has not.
     """
     path, tokenizer = _open_tokenizer(folder, is_gpt2)
-    n_tokens = tokenizer.get_vocab_size()
-    if n_tokens > vocab_size:
+    return make_plain(tokenizer, path, vocab_size)
+
+
+def make_plain(tokenizer: Tokenizer, path: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of this file or folder, which then gives all tokens of a text and
+    those alone; ValueError for one that has tokens that the model has not."""
+    vocabulary = tokenizer.get_vocab()
+    token = max(vocabulary, key=vocabulary.__getitem__, default="")
+    if vocabulary.get(token, -1) >= vocab_size:
         raise ValueError(
-            f"{path} has {n_tokens} tokens, {_CONFIG_FILE} a vocab_size of "
-            f"{vocab_size}: give the tokenizer of this model"
-        )
-    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if highest >= vocab_size:
-        raise ValueError(
-            f"{path} has token {token!r} with id {highest}, {_CONFIG_FILE} a "
+            f"{path} has token {token!r} with id {vocabulary[token]}, the model a "
             f"vocab_size of {vocab_size}: give the tokenizer of this model"
         )
     tokenizer.no_truncation()
@@ -62,12 +63,17 @@ def read_special_tokens(
 
     The BOS token is the first that is named by config.json, generation_config.json or
     tokenizer_config.json, else the default where config.json has no such field; none
-    where tokenizer_config.json says null. ValueError for an id that is none.
+    where tokenizer_config.json says null. A field that config.json has not is that of
+    its text_config, if there is one. ValueError for an id that is none.
     """
-    config = read_json(folder / _CONFIG_FILE)
+    path = folder / _CONFIG_FILE
+    config = read_json(path)
+    for name, value in Fields(path, config).read_object("text_config").items():
+        if config.get(name) is None:
+            config[name] = value
     generation = _read_if_there(folder / "generation_config.json")
     of_tokenizer = _read_if_there(folder / "tokenizer_config.json")
-    bos_id = _get_id(config, "bos_token_id", folder / _CONFIG_FILE, vocab_size)
+    bos_id = _get_id(config, "bos_token_id", path, vocab_size)
     if bos_id is None:
         path = folder / "generation_config.json"
         bos_id = _get_id(generation, "bos_token_id", path, vocab_size)
@@ -135,7 +141,9 @@ def _get_id(
     fields: Mapping[str, Any], name: str, path: Path, vocab_size: int
 ) -> int | None:
     token = fields.get(name)
-    if token is not None and (type(token) is not int or not 0 <= token < vocab_size):
+    if token is None or token == -1:  # some folders write -1 for none
+        return None
+    if type(token) is not int or not 0 <= token < vocab_size:
         raise ValueError(
             f"{path}: {name} is {token!r}; give the id, below vocab_size = "
             f"{vocab_size}, of the token that begins a document"

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from sae_jax.subjects import torch_folder
 from sae_jax.subjects.display import display_token
 from sae_jax.subjects.sites import KINDS, Replacement, Site, parse_site
+from sae_jax.subjects.tokens import read_special_tokens
 from sae_jax.subjects.torch_hooks import Block, hook_sites
 from sae_jax.subjects.torch_sites import find_blocks, tell_missing
 
@@ -219,16 +220,16 @@ def load_torch_subject(
             f"{fields.get('model_type')!r} ({reason}): give another model"
         ) from error
     tokenizer = torch_folder.read_tokenizer(root, vocab_size)
-    ids = torch_folder.read_ids(root, fields, tokenizer, vocab_size)
+    special = read_special_tokens(root, tokenizer, vocab_size, default_bos_id=None)
     return TorchSubject(
         model=model,
         blocks=blocks,
         tokenizer=tokenizer,
         name=root.resolve().name if name is None else name,
         identity=torch_folder.identify(root, fields),
-        bos_id=ids.bos,
-        pad_id=ids.pad,
-        special_ids=ids.special,
+        bos_id=special.bos_id,
+        pad_id=special.pad_id,
+        special_ids=special.special_ids,
         context_length=context_length,
         vocab_size=vocab_size,
     )
