@@ -13,13 +13,13 @@ from tokenizers import Tokenizer
 
 from sae_jax.mesh import DATA, put
 from sae_jax.subjects.architectures import Architecture, ModelConfig, get_architecture
-from sae_jax.subjects.display import display_token
-from sae_jax.subjects.sites import KINDS, Replacement, Site, parse_site
+from sae_jax.subjects.base import BaseSubject
+from sae_jax.subjects.sites import Replacement
 from sae_jax.subjects.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class Subject(BaseSubject):
     """A language model: a pytree whose leaves are its weights.
 
     `identity` is the first 16 hex digits of a SHA-256 of the weight files and of what
@@ -63,15 +63,6 @@ class Subject:
     def width(self, site: str) -> int:
         """The width of the activations at the site; ValueError if there is none."""
         return self._architecture.get_width(self.config, self._find_site(site).kind)
-
-    def encode(self, text: str) -> np.ndarray:
-        """The int32 token ids of the text, without the BOS token."""
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        return np.asarray(encoding.ids, np.int32)
-
-    def decode_tokens(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """The text of each token; bytes that are no whole character as `\\xe2`."""
-        return [display_token(self.tokenizer, int(token)) for token in ids]
 
     def forward(
         self,
@@ -134,15 +125,6 @@ class Subject:
     @property
     def _architecture(self) -> Architecture:
         return get_architecture(self.config)
-
-    def _find_site(self, name: str) -> Site:
-        site = parse_site(name)
-        if site.layer >= self.n_layers:
-            raise ValueError(
-                f"no site {name!r} in subject {self.name!r}: its layers are "
-                f"0..{self.n_layers - 1}, its kinds {', '.join(KINDS)}"
-            )
-        return site
 
 
 def _flatten(subject: Subject) -> tuple[tuple[Weights], Subject]:

@@ -20,8 +20,8 @@ from jax.typing import ArrayLike, DTypeLike
 from tokenizers import Tokenizer
 
 from sae_jax.subjects import torch_folder
-from sae_jax.subjects.display import display_token
-from sae_jax.subjects.sites import KINDS, Replacement, Site, parse_site
+from sae_jax.subjects.base import BaseSubject
+from sae_jax.subjects.sites import KINDS, Replacement, Site
 from sae_jax.subjects.tokens import read_special_tokens
 from sae_jax.subjects.torch_hooks import Block, hook_sites
 from sae_jax.subjects.torch_sites import find_blocks, tell_missing
@@ -30,7 +30,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, eq=False)
-class TorchSubject:
+class TorchSubject(BaseSubject):
     """A language model in torch; what it says of itself is what a Subject says.
 
     `identity` is the first 16 hex digits of a SHA-256 of the weight files and of
@@ -65,15 +65,6 @@ class TorchSubject:
         """The width of the activations at the site; ValueError if there is none."""
         found = self._find_site(site)
         return self.blocks[found.layer].widths[found.kind]
-
-    def encode(self, text: str) -> np.ndarray:
-        """The int32 token ids of the text, without the BOS token."""
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        return np.asarray(encoding.ids, np.int32)
-
-    def decode_tokens(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """The text of each token; bytes that are no whole character as `\\xe2`."""
-        return [display_token(self.tokenizer, int(token)) for token in ids]
 
     def capture(
         self, tokens_bt: ArrayLike, sites: Sequence[str]
@@ -158,12 +149,7 @@ class TorchSubject:
             )
 
     def _find_site(self, name: str) -> Site:
-        site = parse_site(name)
-        if site.layer >= self.n_layers:
-            raise ValueError(
-                f"no site {name!r} in subject {self.name!r}: its layers are "
-                f"0..{self.n_layers - 1}, its kinds {', '.join(self._list_kinds(0))}"
-            )
+        site = super()._find_site(name)
         block = self.blocks[site.layer]
         if site.kind not in block.widths:
             raise ValueError(
