@@ -200,6 +200,17 @@ def test_the_older_spelling_of_rotary_positions(tmp_path, tokens_bt, name):
     check_equal(tmp_path, tokens_bt)
 
 
+@pytest.mark.parametrize("outside", [{}, {"rope_theta": 70.0}])
+@pytest.mark.parametrize("inside", [{}, {"rope_theta": 90.0}])
+def test_both_spellings_of_rotary_positions(tmp_path, tokens_bt, outside, inside):
+    """What was saved by one version and then given a scaling as for another."""
+    path = save_model(tmp_path, "linear") / "config.json"
+    fields = json.loads(path.read_text()) | outside
+    fields["rope_scaling"] = {"rope_type": "linear", "factor": 2.0, **inside}
+    path.write_text(json.dumps(fields))
+    check_equal(tmp_path, tokens_bt)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_missing_fields_have_the_defaults_of_transformers(tmp_path, tokens_bt, name):
     path = save_model(tmp_path, name) / "config.json"

@@ -90,7 +90,8 @@ _TYPES = ("default", "dynamic", "linear", "llama3", "yarn")
 def read_rotary(fields: Fields, context_length: int) -> tuple[float, Scaling | None]:
     """Theta and the scaling that a config.json gives, in the old spelling or the new.
 
-    Old: `rope_theta` beside `rope_scaling`; new: both in `rope_parameters`.
+    Old: `rope_theta` beside `rope_scaling`; new: both in `rope_parameters`. Where there
+    are both objects, the old one alone counts, as in transformers.
     """
     name = "rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters"
     rope = Fields(fields.path, fields.read_object(name))
