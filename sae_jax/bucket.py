@@ -1,7 +1,7 @@
 """Checkpoints in a bucket: what Orbax's CheckpointManager is on a disk.
 
     checkpoints/<step>/<life>/<item>/<array>/    zarr3, chunks with a crc32c
-    checkpoints/<step>/meta.json                 which life's arrays are whole, `meta`
+    checkpoints/<step>/<life>/meta.json          `meta`; the arrays beside it are whole
     checkpoints/.writer                          the life that may write
 
 Orbax refuses s3://, and for gs:// wants gcsfs or TensorFlow beside tensorstore; here
@@ -10,10 +10,10 @@ is ever renamed or changed: `meta.json` is written last, when all processes have
 all of theirs, and a step without it does not count. Reading fetches what this process's
 shards need and no more; writing holds one copy of them in host memory, and some chunks.
 
-A life is one start of a run, all its processes together. What an earlier one left
-unfinished cannot be mixed with its own arrays, whenever it arrives. A bucket has no
-locks: where two runs write to one folder, the later one takes it, and the earlier ends
-with an error instead of its next checkpoint.
+A life is one start of a run, all its processes together. A bucket has no locks: where
+two runs write to one folder, the later one takes it, and the earlier ends with an error
+instead of its next checkpoint. What that one has on its way meanwhile is never mixed with what the later one writes,
+and its `meta.json` does not count where its arrays have been deleted.
 """
 
 import collections
@@ -40,7 +40,7 @@ _IN_FLIGHT = 8  # chunks that a process encodes and sends at a time
 
 def is_manager_of(folder: Folder) -> bool:
     """Whether the checkpoints there are these: in a bucket, or copied from one."""
-    return not folder.is_local or any(folder.path.glob(f"[0-9]*/{_META}"))
+    return not folder.is_local or any(folder.path.glob(f"[0-9]*/*/{_META}"))
 
 
 class BucketManager:
@@ -55,7 +55,7 @@ class BucketManager:
             self._life = f"{processes.from_first(secrets.randbits(31)):08x}"
             if processes.is_first():
                 self._take()
-        self._steps = _list_whole(folder.list())
+        self._steps = _find_whole(_list_lives(folder.list()))
 
     def latest_step(self) -> int | None:
         """The step of the newest whole checkpoint."""
@@ -82,15 +82,14 @@ class BucketManager:
 
     def restore(self, step: int, args: Any) -> dict[str, Any]:
         """The items asked for, each array placed as its target says."""
-        marker = self._folder.read(f"{step}/{_META}")
+        at = f"{step}/{self._steps.get(step)}"
+        marker = self._folder.read(f"{at}/{_META}")
         if marker is None:
             raise FileNotFoundError(
                 f"{self._folder.name_file(str(step))}: no whole checkpoint"
             )
-        fields = json.loads(marker)
-        at = f"{step}/{fields['life']}"
         return {
-            item: fields[item]
+            item: json.loads(marker)
             if item == "meta"
             else {
                 name: self._read(f"{at}/{item}/{name}", target)
@@ -114,17 +113,18 @@ class BucketManager:
     def _take(self) -> None:
         """Makes this life the writer, and deletes what others left unfinished."""
         self._folder.write(_WRITER, self._life)
-        names = self._folder.list()
-        whole = _list_whole(names)
-        for top in {name.partition("/")[0] for name in names if "/" in name}:
-            if top.isdigit() and int(top) not in whole:
-                self._folder.delete_all(f"{top}/")
-        for step in whole:
-            data = self._folder.read(f"{step}/{_META}")
-            kept = {json.loads(data)["life"], _META} if data else {_META}
-            lives = {n.split("/")[1] for n in names if n.startswith(f"{step}/")}
-            for life in lives - kept:
-                self._folder.delete_all(f"{step}/{life}/")
+        lives = _list_lives(self._folder.list())
+        whole = _find_whole(lives)
+        for step, life in lives:
+            if whole.get(step) != life:
+                self._delete(step, life)
+
+    def _check_writer(self) -> None:
+        if self._folder.read(_WRITER) != self._life.encode():
+            raise ValueError(
+                f"{self._folder}: another run has begun to write here, so this one "
+                "ends: let one of them run, or give this one another workdir"
+            )
 
     def _write_all(
         self, step: int, copies: dict[str, "_Copy"], meta: dict[str, Any]
@@ -135,7 +135,7 @@ class BucketManager:
             processes.meet(f"checkpoint {step} of {self._life}")
             if processes.is_first():
                 self._mark(step, meta)
-            self._steps = self._steps | {step}
+            self._steps = self._steps | {step: self._life}
             self._delete_old()
         except Exception as error:
             self._error = error
@@ -161,22 +161,23 @@ class BucketManager:
             raise_plainly(self._folder, error)
 
     def _mark(self, step: int, meta: dict[str, Any]) -> None:
-        if self._folder.read(_WRITER) != self._life.encode():
-            raise ValueError(
-                f"{self._folder}: another run has begun to write here; step {step} is "
-                "not saved: let one of them run, or give this one another workdir"
-            )
-        self._folder.write(
-            f"{step}/{_META}", json.dumps({"life": self._life, "meta": meta}, indent=2)
-        )
+        """Makes the step count; when this returns others may be deleted."""
+        self._check_writer()
+        name = f"{step}/{self._life}/{_META}"
+        self._folder.write(name, json.dumps(meta, indent=2))
+        # Who took the folder meanwhile has deleted the arrays, and reads an older step.
+        self._check_writer()
 
     def _delete_old(self) -> None:
         for step in self.all_steps()[: -self._kept]:
-            self._steps = self._steps - {step}
             if processes.is_first():
-                # First what says that it is whole.
-                self._folder.delete(f"{step}/{_META}")
-                self._folder.delete_all(f"{step}/")
+                self._delete(step, self._steps[step])
+            self._steps = {s: life for s, life in self._steps.items() if s != step}
+
+    def _delete(self, step: int, life: str) -> None:
+        # First what says that it is whole.
+        self._folder.delete(f"{step}/{life}/{_META}")
+        self._folder.delete_all(f"{step}/{life}/")
 
     def _read(self, name: str, target: jax.ShapeDtypeStruct) -> jax.Array:
         parts: dict[Any, np.ndarray] = {}
@@ -271,6 +272,20 @@ def _describe(folder: Folder, name: str) -> dict[str, Any]:
     }
 
 
-def _list_whole(names: list[str]) -> set[int]:
-    ends = [name.partition("/") for name in names]
-    return {int(step) for step, _, file in ends if step.isdigit() and file == _META}
+def _list_lives(names: list[str]) -> dict[tuple[int, str], set[str]]:
+    """What there is of each step and life: items, and perhaps `meta.json`."""
+    found = collections.defaultdict(set)
+    for name in names:
+        step, life, item, *_ = (*name.split("/", 3), "", "")
+        if step.isdigit() and item:
+            found[int(step), life].add(item)
+    return found
+
+
+def _find_whole(lives: dict[tuple[int, str], set[str]]) -> dict[int, str]:
+    """The steps that are whole, each with the life whose arrays are."""
+    return {
+        step: life
+        for (step, life), items in lives.items()
+        if _META in items and len(items) > 1
+    }

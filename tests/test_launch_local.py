@@ -222,7 +222,7 @@ def test_dry_run_only_prints(stage):
 
 def test_checkpoints_in_a_bucket_are_progress(bucket):  # noqa: F811
     files = folder.Folder(bucket)
-    for name in ("7/meta.json", "12/meta.json", "12/0a/ema/c", "13/0a/ema/c"):
+    for name in ("7/0a/meta.json", "12/0a/meta.json", "12/0a/ema/c", "13/0a/ema/c"):
         files.write(f"checkpoints/{name}", b"")
     code = f"import local; print(local._newest_checkpoint({bucket!r}))"
     done = subprocess.run(

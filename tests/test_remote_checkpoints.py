@@ -156,7 +156,8 @@ def test_a_copy_on_a_disk_goes_on_too(
     for name in files.list():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes(files.read(name))
-    (copy / "checkpoints" / "24" / "meta.json").unlink()
+    (meta,) = (copy / "checkpoints" / "24").glob("*/meta.json")
+    meta.unlink()
     assert run.locate(copy)[1] == 20
     assert_same(loop.train(make_config(store, **OFTEN), copy), expected)
     assert list_steps(copy) == ({20, 24}, {20, 24})
@@ -253,9 +254,31 @@ def test_of_two_runs_in_one_folder_the_later_goes_on(
             if step == self.step:
                 assert_same(loop.train(make_config(store), bucket), expected)
 
-    with pytest.raises(ValueError, match="another run has begun to write here; step"):
+    with pytest.raises(ValueError, match="another run has begun to write here, so"):
         loop.train(make_config(store), bucket, Later(10))
     assert list_steps(bucket)[1] == {24}
+    assert_same(loop.train(make_config(store), bucket), expected)
+    assert list_steps(bucket) == ({24}, {24})
+
+
+def test_a_folder_that_is_taken_in_mid_save(
+    bucket, undisturbed, monkeypatch  # noqa: F811
+):
+    """Between the look at who may write and the word that the step is whole."""
+    store, _, expected = undisturbed
+    checkpoints, write = Folder(f"{bucket}/checkpoints"), Folder.write
+
+    def overtaken(self, name, data):
+        if name.startswith("16/"):
+            BucketManager(checkpoints)
+        write(self, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write", overtaken)
+        with pytest.raises(ValueError, match="another run has begun to write here"):
+            loop.train(make_config(store), bucket)
+    assert [n.count("/") for n in checkpoints.list("16/")] == [2]  # meta.json alone
+    assert run.locate(bucket)[1] == 8
     assert_same(loop.train(make_config(store), bucket), expected)
     assert list_steps(bucket) == ({24}, {24})
 
