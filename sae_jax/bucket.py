@@ -11,8 +11,9 @@ all of theirs, and a step without it does not count. Reading fetches what this p
 shards need and no more; writing holds one copy of them in host memory, and some chunks.
 
 A life is one start of a run, all its processes together. A bucket has no locks: where
-two runs write to one folder, the later one takes it, and the earlier ends with an error
-instead of its next checkpoint. What that one has on its way meanwhile is never mixed with what the later one writes,
+two runs write to one folder, the later one takes it, once it knows that it can go on
+from what is there, and the earlier ends with an error instead of its next checkpoint.
+What that one has on its way meanwhile is never mixed with what the later one writes,
 and its `meta.json` does not count where its arrays have been deleted.
 """
 
@@ -46,15 +47,12 @@ def is_manager_of(folder: Folder) -> bool:
 class BucketManager:
     """The checkpoints in one folder; has what `Checkpoints` asks of Orbax's manager."""
 
-    def __init__(self, folder: Folder, kept: int = 1, is_read_only: bool = False):
+    def __init__(self, folder: Folder, kept: int = 1):
         self._folder, self._kept = folder, kept
         self._context = folder.context
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        if not is_read_only:
-            self._life = f"{processes.from_first(secrets.randbits(31)):08x}"
-            if processes.is_first():
-                self._take()
+        self._life = ""  # none yet, and nothing may be saved
         self._steps = _find_whole(_list_lives(folder.list()))
 
     def latest_step(self) -> int | None:
@@ -65,9 +63,29 @@ class BucketManager:
         """The steps of all whole checkpoints."""
         return sorted(self._steps)
 
+    def take(self) -> None:
+        """Begins a life, now the writer; deletes what others left unfinished."""
+        self._life = f"{processes.from_first(secrets.randbits(31)):08x}"
+        if processes.is_first():
+            self._folder.write(_WRITER, self._life)
+            lives = _list_lives(self._folder.list())
+            whole = _find_whole(lives)
+            for step, life in lives:
+                if whole.get(step) != life:
+                    self._delete(step, life)
+
+    def check_writer(self) -> None:
+        """ValueError unless this life is the writer still."""
+        if self._folder.read(_WRITER) != self._life.encode():
+            raise ValueError(
+                f"{self._folder}: another run has begun to write here, so this one "
+                "ends: let one of them run, or give this one another workdir"
+            )
+
     def save(self, step: int, args: Any) -> None:
         """Copies the arrays to host memory, and starts writing them."""
         self.wait_until_finished()
+        self.check_writer()
         items = {name: args[name].item for name in args.keys()}
         meta = items.pop("meta")
         copies = {
@@ -110,22 +128,6 @@ class BucketManager:
     def close(self) -> None:
         self.wait_until_finished()
 
-    def _take(self) -> None:
-        """Makes this life the writer, and deletes what others left unfinished."""
-        self._folder.write(_WRITER, self._life)
-        lives = _list_lives(self._folder.list())
-        whole = _find_whole(lives)
-        for step, life in lives:
-            if whole.get(step) != life:
-                self._delete(step, life)
-
-    def _check_writer(self) -> None:
-        if self._folder.read(_WRITER) != self._life.encode():
-            raise ValueError(
-                f"{self._folder}: another run has begun to write here, so this one "
-                "ends: let one of them run, or give this one another workdir"
-            )
-
     def _write_all(
         self, step: int, copies: dict[str, "_Copy"], meta: dict[str, Any]
     ) -> None:
@@ -162,11 +164,11 @@ class BucketManager:
 
     def _mark(self, step: int, meta: dict[str, Any]) -> None:
         """Makes the step count; when this returns others may be deleted."""
-        self._check_writer()
+        self.check_writer()
         name = f"{step}/{self._life}/{_META}"
         self._folder.write(name, json.dumps(meta, indent=2))
         # Who took the folder meanwhile has deleted the arrays, and reads an older step.
-        self._check_writer()
+        self.check_writer()
 
     def _delete_old(self) -> None:
         for step in self.all_steps()[: -self._kept]:

@@ -61,7 +61,7 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | BucketManager
         self._is_of_bucket = bucket.is_manager_of(self._folder)
         if self._is_of_bucket:
-            self._manager = BucketManager(self._folder, kept, is_read_only)
+            self._manager = BucketManager(self._folder, kept)
             return
         if is_read_only:
             options = ocp.CheckpointManagerOptions(create=False)
@@ -85,6 +85,16 @@ class Checkpoints:
     def name(self, step: int) -> str:
         """Where the checkpoint of this step is, for messages."""
         return self._folder.name_file(str(step))
+
+    def take(self) -> None:
+        """Makes this run the one that writes here; on a disk its lock does that."""
+        if isinstance(self._manager, BucketManager):
+            self._manager.take()
+
+    def check_writer(self) -> None:
+        """ValueError if another run has taken the folder."""
+        if isinstance(self._manager, BucketManager):
+            self._manager.check_writer()
 
     def save(self, step: int, state: TrainState, setup: Setup) -> None:
         """Starts writing the state after `step` steps; returns before it is done."""

@@ -32,7 +32,10 @@ _PREFIXES = tuple(f"{name}." for name in _MAY_CHANGE)
 def start_or_resume(
     setup: Setup, feed: Feed, checkpoints: Checkpoints
 ) -> tuple[int, TrainState]:
-    """The number of steps done, and the state after them."""
+    """The number of steps done, and the state after them.
+
+    The folder is taken from whoever writes there once this run is not refused.
+    """
     step = checkpoints.latest_step
     processes.check_same(
         config=configs.to_json(setup.config),
@@ -40,11 +43,13 @@ def start_or_resume(
         checkpoint=step,
     )
     if step is None:
+        checkpoints.take()
         processes.note("the first state")
         return 0, state.create(setup, feed.sample(_SAMPLE_ROWS, setup.config.seed))
     processes.note(f"reading the checkpoint of step {step}")
     path = checkpoints.name(step)
     _refuse_another_run(checkpoints.meta(step), setup, path)
+    checkpoints.take()  # before it is read: until then it may be deleted
     return step, checkpoints.restore(step, setup)
 
 

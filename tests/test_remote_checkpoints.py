@@ -261,6 +261,20 @@ def test_of_two_runs_in_one_folder_the_later_goes_on(
     assert list_steps(bucket) == ({24}, {24})
 
 
+def test_a_run_that_is_refused_takes_no_folder(bucket, undisturbed):  # noqa: F811
+    store, _, expected = undisturbed
+
+    class Refused(synthetic.KillAt):
+        def write(self, step, scalars):
+            if step == self.step:
+                while not list_steps(bucket)[1]:
+                    time.sleep(0.05)
+                with pytest.raises(ValueError, match="this run has seed = 0, now 5"):
+                    loop.train(make_config(store, seed=5), bucket)
+
+    assert_same(loop.train(make_config(store), bucket, Refused(10)), expected)
+
+
 def test_a_folder_that_is_taken_in_mid_save(
     bucket, undisturbed, monkeypatch  # noqa: F811
 ):
@@ -270,7 +284,7 @@ def test_a_folder_that_is_taken_in_mid_save(
 
     def overtaken(self, name, data):
         if name.startswith("16/"):
-            BucketManager(checkpoints)
+            BucketManager(checkpoints).take()
         write(self, name, data)
 
     with monkeypatch.context() as patch:
@@ -373,6 +387,6 @@ def test_what_is_wrong_with_a_bucket_is_told(
         run.load(bucket)
     with pytest.raises(PermissionError, match="check the credentials"):
         raise_plainly(Folder(bucket), ValueError("PERMISSION_DENIED: HTTP 403"))
-    manager = BucketManager(Folder(bucket), is_read_only=True)
+    manager = BucketManager(Folder(bucket))
     with server.denying(), pytest.raises(PermissionError, match="the credentials"):
         manager._read("1/params", jax.ShapeDtypeStruct((1,), np.float32))
