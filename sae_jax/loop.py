@@ -84,7 +84,7 @@ def train(
         checkpoints = Checkpoints(workdir, config.checkpoints_kept)
         stack.callback(checkpoints.close)
         start, train_state = resume.start_or_resume(setup, feed, checkpoints)
-        stack.enter_context(mirror)
+        stack.enter_context(mirror.guarded(checkpoints.check_writer))
         if processes.is_first():
             folder.write(CONFIG_FILE, configs.to_json(setup.config))
             mirror.fetch(METRICS_FILE)

@@ -8,6 +8,7 @@ import contextlib
 import shutil
 import tempfile
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -22,7 +23,8 @@ class Mirror:
 
     def __init__(self, folder: Folder):
         self._folder = folder
-        self._sent: dict[str, tuple[int, int]] = {}  # size, and when it was changed
+        self._check: Callable[[], None] | None = None
+        self._sent: dict[Path, tuple[int, int]] = {}  # size, and when it was changed
         if folder.is_local:
             self.path = folder.path
             return
@@ -34,18 +36,28 @@ class Mirror:
         if self._folder.is_local:
             return
         if (data := self._folder.read(name)) is not None:
-            (self.path / name).write_bytes(data)
-            self._sent[name] = _describe(self.path / name)
+            file = self.path / name
+            file.write_bytes(data)
+            self._sent[file] = _describe(file)
+
+    def guarded(self, check: Callable[[], None]) -> Self:
+        """This mirror, which now sends nothing when `check` raises ValueError."""
+        self._check = check
+        return self
 
     def send(self) -> None:
         """Uploads what has changed since the last time."""
         if self._folder.is_local:
             return
-        for file in sorted(self.path.rglob("*")):
+        files = [file for file in sorted(self.path.rglob("*")) if file.is_file()]
+        changed = [file for file in files if self._sent.get(file) != _describe(file)]
+        if changed and self._check:
+            self._check()
+        for file in changed:
+            now = _describe(file)
             name = file.relative_to(self.path).as_posix()
-            if file.is_file() and self._sent.get(name) != (now := _describe(file)):
-                self._folder.write(name, file.read_bytes())
-                self._sent[name] = now
+            self._folder.write(name, file.read_bytes())
+            self._sent[file] = now
 
     def __enter__(self) -> Self:
         return self
@@ -54,7 +66,7 @@ class Mirror:
         if kind is None:
             self.send()
         elif not issubclass(kind, OSError):  # it may be the bucket that failed
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # the first error is told
                 self.send()
 
 

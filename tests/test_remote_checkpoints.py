@@ -247,16 +247,21 @@ def test_a_server_that_goes_away_in_mid_save(
 def test_of_two_runs_in_one_folder_the_later_goes_on(
     bucket, undisturbed  # noqa: F811
 ):
-    store, _, expected = undisturbed
+    store, local, expected = undisturbed
 
     class Later(synthetic.KillAt):
         def write(self, step, scalars):
+            self.rows.append(step)
             if step == self.step:
                 assert_same(loop.train(make_config(store), bucket), expected)
 
+    later = Later(10)
     with pytest.raises(ValueError, match="another run has begun to write here, so"):
-        loop.train(make_config(store), bucket, Later(10))
+        loop.train(make_config(store), bucket, later)
+    assert later.rows[-1] == 16  # its next checkpoint
     assert list_steps(bucket)[1] == {24}
+    ours = read_metrics(Folder(bucket).read("metrics.jsonl"))
+    assert ours == read_metrics((local / "metrics.jsonl").read_bytes())
     assert_same(loop.train(make_config(store), bucket), expected)
     assert list_steps(bucket) == ({24}, {24})
 
