@@ -37,12 +37,13 @@ os.environ["NPROC"] = "32"
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
-import signal, sys
-import synthetic, test_remote_checkpoints
+import json, sys
+import test_remote_checkpoints
 from sae_jax import loop
-test_remote_checkpoints.kill_at(sys.argv[3])
-config = test_remote_checkpoints.make_config(sys.argv[1])
-loop.train(config, sys.argv[2])
+store, workdir, moment, fields = sys.argv[1:]
+test_remote_checkpoints.kill_at(moment)
+config = test_remote_checkpoints.make_config(store, **json.loads(fields))
+loop.train(config, workdir)
 """
 
 
@@ -106,10 +107,10 @@ def assert_same_losses(workdir, metrics):
         np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
 
 
-def start(store, workdir, moment=""):
+def start(store, workdir, moment="", **fields):
     folders = (os.path.dirname(__file__), os.path.dirname(sae_jax.__path__[0]))
     return subprocess.Popen(
-        [sys.executable, "-c", _CHILD, str(store), workdir, moment],
+        [sys.executable, "-c", _CHILD, str(store), workdir, moment, json.dumps(fields)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(folders)},
         stderr=subprocess.PIPE,
     )
@@ -120,6 +121,30 @@ def list_steps(workdir):
     tops = [name.split("/") for name in Folder(f"{workdir}/checkpoints").list()]
     steps = {int(parts[0]) for parts in tops if parts[0].isdigit()}
     return steps, {int(parts[0]) for parts in tops if parts[-1] == "meta.json"}
+
+
+def list_torn(workdir):
+    """Each step and life with arrays that are not whole."""
+    tops = [name.split("/") for name in Folder(f"{workdir}/checkpoints").list()]
+    lives = {(parts[0], parts[1]) for parts in tops if parts[0].isdigit()}
+    return lives - {(parts[0], parts[1]) for parts in tops if parts[-1] == "meta.json"}
+
+
+def stop_in_a_save(workdir, before, send, moments):
+    """Stops a run that was just started while it saves, not always in its first save;
+    `before` is what was torn then."""
+    seen, n_saves = set(), moments.randint(1, 4)
+    end = time.monotonic() + 280
+    while time.monotonic() < end:
+        seen |= list_torn(workdir) - before
+        if len(seen) >= n_saves:
+            time.sleep(moments.uniform(0, 0.2))
+            send(signal.SIGSTOP)
+            if list_torn(workdir) - before:
+                return
+            send(signal.SIGCONT)
+        time.sleep(0.01)
+    raise TimeoutError(f"the run saves nothing more: {sorted(seen)}")
 
 
 def test_a_run_in_a_bucket_is_the_same(bucket, trained, undisturbed):  # noqa: F811
@@ -206,25 +231,52 @@ def test_a_kill_in_mid_save_loses_no_more_than_that_save(
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("n_kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_kills_at_random_moments(n_kills, bucket, undisturbed):  # noqa: F811
-    store, _, expected = undisturbed
-    moments = random.Random(n_kills)
-    config = make_config(store, checkpoint_every_steps=2)
-    for _ in range(n_kills):
-        child = start(store, bucket)
-        earlier, end = list_steps(bucket), time.monotonic() + 280
-        while list_steps(bucket) == earlier and child.poll() is None:
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        time.sleep(moments.uniform(0, 1))
+def test_kills_at_random_moments_of_saves(
+    n_kills, bucket, undisturbed, tmp_path  # noqa: F811
+):
+    store, moments, n_torn = undisturbed[0], random.Random(n_kills), 0
+    rows = 64 * (40 + 20 * n_kills)  # more than are done until the last kill
+    while n_torn < n_kills:
+        before = list_torn(bucket)
+        child = start(store, bucket, rows=rows, checkpoint_every_steps=1)
+        stop_in_a_save(bucket, before, child.send_signal, moments)
         child.kill()
         child.communicate()
-        steps, whole = list_steps(bucket)
-        if whole:
+        n_torn += bool(list_torn(bucket) - before)
+        if whole := list_steps(bucket)[1]:
             assert run.locate(bucket)[1] == max(whole)
-        if whole == {24}:
-            break
+    config = make_config(store, rows=rows, checkpoint_every_steps=100)
+    expected = jax.device_get(loop.train(config, tmp_path / "run"))
+    assert max(list_steps(bucket)[1]) < config.n_steps
     assert_same(loop.train(config, bucket), expected)
+    assert list_steps(bucket) == ({config.n_steps}, {config.n_steps})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_kills_of_some_or_all_processes(bucket, undisturbed, tmp_path):  # noqa: F811
+    store, metrics = undisturbed[0], undisturbed[1] / "metrics.jsonl"
+    settings = ("--peer_timeout_secs=5", "--config.checkpoint_every_steps=1")
+    arguments = (tmp_path / "run", store, 2, 4, *settings, f"--workdir={bucket}")
+    moments, victims = random.Random(0), [(0,), (1,), (0, 1)]
+    while victims:
+        before = list_torn(bucket)
+        with pods.Pod(*arguments, rows=48 * 64) as pod:
+
+            def send(number, processes=(0, 1), pod=pod):
+                for process in processes:
+                    pod.send(process, number)
+
+            stop_in_a_save(bucket, before, send, moments)
+            send(signal.SIGKILL, victims[0])
+            send(signal.SIGCONT, {0, 1} - {*victims[0]})
+            assert all(pod.wait()), pod.tell(0)
+        if list_torn(bucket) - before:
+            del victims[0]
+    with pods.Pod(*arguments, rows=48 * 64) as pod:
+        assert pod.wait() == [0, 0], pod.tell(0) + pod.tell(1)
+    assert list_steps(bucket) == ({47, 48}, {47, 48})
+    assert_same_losses(bucket, metrics)
 
 
 def test_a_server_that_goes_away_in_mid_save(
