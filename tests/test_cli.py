@@ -147,8 +147,9 @@ def test_help_of_train_tells_of_every_field(outcomes):
 def test_bugs_and_verbose_errors_keep_their_traceback(outcomes):
     assert outcomes['["fake", "bug"]'][0] == "TypeError('not expected')"
     assert outcomes['["fake", "internal"]'][0] == "JaxRuntimeError('INTERNAL: a bug')"
-    status = outcomes['["fake", "value", "--verbosity=1"]'][0]
-    assert status.startswith("ValueError('k = 9")
+    status, _, err = outcomes['["fake", "value", "--verbosity=1"]']
+    assert status == 1 and err.startswith("Traceback (most recent call last):")
+    assert "ValueError: k = 9 is more than 8" in err
 
 
 def test_command_gets_its_flags_and_virtual_devices(outcomes):
@@ -177,11 +178,16 @@ def test_every_command_has_a_module():
         (KeyboardInterrupt(), 130),
     ],
 )
-def test_the_exit_code_tells_what_to_do_next(error, code, capsys):
+@pytest.mark.parametrize("is_verbose", [False, True])
+def test_the_exit_code_tells_what_to_do_next(
+    error, code, is_verbose, capsys, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", ["sae-jax", "x", *["--verbosity=1"] * is_verbose])
     with pytest.raises(SystemExit) as stop, errors.in_one_line("sae-jax x"):
         raise error
     assert stop.value.code == code
-    assert capsys.readouterr().err.count("\n") == 1
+    err = capsys.readouterr().err
+    assert ("Traceback" in err) == is_verbose and (err.count("\n") > 1) == is_verbose
 
 
 @pytest.mark.parametrize(

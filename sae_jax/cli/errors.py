@@ -1,12 +1,13 @@
 """Errors that a user can cure, told in one line on stderr.
 
-With --verbosity=1 the traceback is shown instead.
+With --verbosity=1 the traceback is shown instead; the exit code is the same.
 """
 
 import contextlib
 import difflib
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 
 from absl import flags
@@ -50,10 +51,12 @@ def in_one_line(program: str) -> Iterator[None]:
     try:
         yield
     except (*_EXPECTED, RuntimeError) as error:
-        is_bug = isinstance(error, RuntimeError) and not _is_out_of_memory(error)
-        if is_bug or any(map(_VERBOSE.fullmatch, sys.argv)):
-            raise
-        print(f"{program}: {_message(error, program)}", file=sys.stderr)
+        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+            raise  # a bug
+        if any(map(_VERBOSE.fullmatch, sys.argv)):
+            traceback.print_exception(error)
+        else:
+            print(f"{program}: {_message(error, program)}", file=sys.stderr)
         sys.exit(_status(error))
 
 
