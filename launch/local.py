@@ -8,8 +8,9 @@ are ended and started again, from the last checkpoint: for ever if there is a ne
 each time, else --max_restarts times. A run that failed (1, 2), or whose one process was
 stopped by a Ctrl-C of its own (130), is not started again; a Ctrl-C to one of several
 ends all with 75. SIGTERM, SIGINT and SIGHUP to the launcher reach the processes as one
-SIGTERM, and their save is waited for; a second one kills. Several processes have
---peer_timeout_secs=10, unless another is given behind --.
+SIGTERM, and their save is waited for, for --grace_secs; a second one kills. SIGUSR1 to
+the launcher has nothing started again. Several processes have --peer_timeout_secs=10,
+unless another is given behind --.
 Exit code: 0 done, 75 stopped and saved, else that of the process that ended the run.
 """
 

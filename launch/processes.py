@@ -1,7 +1,7 @@
 """The processes of one attempt of a run: started together, ended together.
 
-On a signal all are told to save and end. Once one has failed, the rest have a grace to
-notice and to end by themselves; then they are killed, with all that they started.
+On a signal all are told to save and end. From then on, or once one has failed, they
+have a grace to end by themselves; then they are killed, with all that they started.
 """
 
 import contextlib
@@ -150,6 +150,7 @@ def _wait(
                 deadline = min(deadline, time.monotonic() + grace_secs)
         if wish and not is_told:
             is_told = True
+            deadline = min(deadline, time.monotonic() + grace_secs)
             for process in running.values():
                 process.terminate()
         if wish.count > 1 or time.monotonic() > deadline:

@@ -183,6 +183,17 @@ def test_a_stop_between_attempts_starts_nothing(stage):
     assert len(calls_of(workdir)) == 1
 
 
+def test_those_that_are_deaf_to_a_stop_are_killed_after_the_grace(stage):
+    workdir = stage.plan({0: "hang", 1: "hang"})
+    behind = train(workdir, "--peer_timeout_secs=0.4")
+    process = stage.start("local", PAIR, "--grace_secs=1", *behind)
+    wait_until(lambda: calls_of(workdir, 0) and calls_of(workdir, 1))
+    process.terminate()
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 137
+    assert (workdir / "terms-0").exists() and "not started again" in err
+
+
 def test_nohup_is_heeded(stage):
     workdir = stage.plan({0: "wait"})
     process = stage.start("local", *train(workdir), under=("nohup",))
