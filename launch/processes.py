@@ -103,23 +103,11 @@ def run_together(
 
     The first wish becomes one SIGTERM to each, the second SIGKILL. Of several processes
     each line has the number of its process before it, and noise is left out.
+
+    Raises:
+        OSError: one cannot be started; none is left.
     """
-    # In sessions of their own: a terminal's Ctrl-C would reach them beside our signal,
-    # and a second one cuts a save off.
-    pipe = None if len(commands) == 1 else subprocess.PIPE
-    running = {
-        number: subprocess.Popen(
-            command,
-            env={**os.environ, **variables},
-            stdin=subprocess.DEVNULL,
-            stdout=pipe,
-            stderr=pipe and subprocess.STDOUT,
-            start_new_session=True,
-            text=True,
-            errors="replace",
-        )
-        for number, command in enumerate(commands)
-    }
+    running = _start(commands, variables)
     printers = [
         threading.Thread(target=_print_lines, args=(number, process), daemon=True)
         for number, process in running.items()
@@ -131,6 +119,33 @@ def run_together(
     for printer in printers:
         printer.join()
     return ends
+
+
+def _start(
+    commands: Sequence[Sequence[str]], variables: Mapping[str, str]
+) -> dict[int, subprocess.Popen]:
+    # In sessions of their own: a terminal's Ctrl-C would reach them beside our signal,
+    # and a second one cuts a save off.
+    pipe = None if len(commands) == 1 else subprocess.PIPE
+    running: dict[int, subprocess.Popen] = {}
+    for number, command in enumerate(commands):
+        try:
+            running[number] = subprocess.Popen(
+                command,
+                env={**os.environ, **variables},
+                stdin=subprocess.DEVNULL,
+                stdout=pipe,
+                stderr=pipe and subprocess.STDOUT,
+                start_new_session=True,
+                text=True,
+                errors="replace",
+            )
+        except OSError as error:
+            for process in running.values():
+                _kill(process)
+                process.wait()
+            raise OSError(f"process {number} cannot be started: {error}") from error
+    return running
 
 
 def _wait(

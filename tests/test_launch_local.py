@@ -231,12 +231,30 @@ def test_dry_run_only_prints(stage):
     assert not calls_of(workdir)
 
 
+def test_none_is_left_where_one_cannot_be_started(tmp_path):
+    code = """
+import sys
+from processes import Wish, run_together
+run_together([["sh", "-c", "echo $$ >pid; sleep 600"], ["no-such"]], {}, 1, Wish())
+"""
+    done = run_code(code, cwd=tmp_path)
+    assert "OSError: process 1 cannot be started: " in done.stderr
+    if (tmp_path / "pid").exists():
+        pid = (tmp_path / "pid").read_text().strip()
+        assert not pid or not os.path.exists(f"/proc/{pid}")
+
+
 def test_checkpoints_in_a_bucket_are_progress(bucket):  # noqa: F811
     files = folder.Folder(bucket)
     for name in ("7/0a/meta.json", "12/0a/meta.json", "12/0a/ema/c", "13/0a/ema/c"):
         files.write(f"checkpoints/{name}", b"")
-    code = f"import local; print(local._newest_checkpoint({bucket!r}))"
-    done = subprocess.run(
+    done = run_code(f"import local; print(local._newest_checkpoint({bucket!r}))")
+    assert (done.stdout, done.stderr) == ("12\n", "")
+
+
+def run_code(code, cwd=None):
+    """Python that imports the launchers' modules."""
+    return subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": f"{LAUNCH}:{ROOT}"},
         text=True,
