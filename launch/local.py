@@ -65,7 +65,7 @@ def main(words: list[str], arguments: list[str]) -> int:
 def _run(program: list[str], arguments: list[str], workdir: str, wish: Wish) -> int:
     n_allowed = settings.MAX_RESTARTS.value
     n_restarts = 0  # in a row, each after an attempt that saved no checkpoint
-    newest = _newest_checkpoint(workdir)
+    newest = _newest_checkpoint(workdir)  # that is known of
     while True:
         ends = run_together(
             _commands(program, arguments, str(_find_port())),
@@ -76,8 +76,10 @@ def _run(program: list[str], arguments: list[str], workdir: str, wish: Wish) -> 
         cause = _cause(ends)
         if cause is None:
             return 0
-        before, newest = newest, _newest_checkpoint(workdir)
-        start = "the beginning" if newest is None else f"checkpoint {newest}"
+        found = _newest_checkpoint(workdir)
+        is_newer = found is not None and newest is not None and found > newest
+        newest = newest if found is None else found
+        start = _tell_start(found)
         stopped = f"stopped; the same command goes on from {start}"
         if wish and cause.is_preempted:
             _tell(stopped)
@@ -85,7 +87,7 @@ def _run(program: list[str], arguments: list[str], workdir: str, wish: Wish) -> 
         if wish or not _is_restarted(cause):
             _tell(f"{cause}; not started again")
             return PREEMPTED if cause.is_preempted else cause.status
-        n_restarts = 0 if _is_newer(newest, before) else n_restarts + 1
+        n_restarts = 0 if is_newer else n_restarts + 1
         if n_allowed == 0 or n_restarts > n_allowed:
             _tell(f"{cause}; {_tell_end(n_allowed)}")
             return cause.status
@@ -134,29 +136,31 @@ def _is_restarted(cause: End) -> bool:
 
 
 def _newest_checkpoint(workdir: str) -> int | None:
-    """The step of the newest checkpoint of the run, if it has any."""
-    if settings.REMOTE.match(workdir):
-        names = _list_remote(workdir)
-    else:
+    """The step of the newest checkpoint of the run, 0 if it has none, None if that
+    cannot be told."""
+    try:
+        names = _list_checkpoints(workdir)
+    except (OSError, ValueError) as error:  # the run itself goes on, or says more
+        _tell(f"its checkpoints cannot be listed: {error}")
+        return None
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def _list_checkpoints(workdir: str) -> list[str]:
+    if not settings.REMOTE.match(workdir):
         folder = Path(workdir) / "checkpoints"
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return max((int(name) for name in names if name.isdigit()), default=None)
-
-
-def _list_remote(workdir: str) -> list[str]:
+        return [path.name for path in folder.iterdir()] if folder.is_dir() else []
     from sae_jax.store.folder import Folder  # takes seconds, and not all have buckets
 
-    try:
-        files = Folder(workdir).list("checkpoints/")
-    except OSError as error:
-        _tell(f"its checkpoints cannot be listed: {error}")
-        return []
+    files = Folder(workdir).list("checkpoints/")
     # What is written last of a checkpoint.
     return [name.split("/")[1] for name in files if name.endswith("/meta.json")]
 
 
-def _is_newer(newest: int | None, before: int | None) -> bool:
-    return newest is not None and (before is None or newest > before)
+def _tell_start(step: int | None) -> str:
+    if step is None:
+        return "the last checkpoint"
+    return f"checkpoint {step}" if step else "the beginning"
 
 
 def _tell_end(n_allowed: int) -> str:

@@ -252,6 +252,39 @@ def test_checkpoints_in_a_bucket_are_progress(bucket):  # noqa: F811
     assert (done.stdout, done.stderr) == ("12\n", "")
 
 
+def test_checkpoints_that_cannot_be_listed_are_neither_none_nor_new():
+    """The listings of a run whose every attempt dies."""
+    code = """
+import local
+from processes import End, Wish
+
+listings = iter([["4"], OSError("no network"), ["4"], ValueError("HTTP 5"), ["9"], []])
+
+def list_checkpoints(workdir):
+    listing = next(listings)
+    if isinstance(listing, Exception):
+        raise listing
+    return listing
+
+local._list_checkpoints = list_checkpoints
+attempts = iter([137, 137, 137, 137, 1])
+local.run_together = lambda *_: [End(0, next(attempts))]
+local._LONGEST_PAUSE_SECS = 0
+local.settings.flags.FLAGS(["local"])
+local._run(["x"], [], "w", Wish())
+"""
+    lines = [line.split("; ")[-1] for line in run_code(code).stderr.splitlines()]
+    assert lines == [
+        "sae-jax: its checkpoints cannot be listed: no network",
+        "restart 1 of 3 without a new checkpoint, from the last checkpoint",
+        "restart 2 of 3 without a new checkpoint, from checkpoint 4",
+        "sae-jax: its checkpoints cannot be listed: HTTP 5",
+        "restart 3 of 3 without a new checkpoint, from the last checkpoint",
+        "restarted from checkpoint 9, newly saved",
+        "not started again",
+    ]
+
+
 def run_code(code, cwd=None):
     """Python that imports the launchers' modules."""
     return subprocess.run(
