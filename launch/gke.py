@@ -93,7 +93,7 @@ def _job_set(tpus: Slice, arguments: list[str]) -> dict[str, Any]:
 
 
 def _pod(tpus: Slice, arguments: list[str]) -> dict[str, Any]:
-    workdir = settings.check_training(arguments)
+    workdir = settings.check_training(arguments, tpus.n_hosts > 1)
     if not settings.REMOTE.match(workdir):
         raise ValueError(
             f"--workdir={workdir} would end with its pod: give gs://BUCKET/FOLDER"

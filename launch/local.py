@@ -47,7 +47,7 @@ def main(words: list[str], arguments: list[str]) -> int:
     is_several = _N_PROCESSES.value > 1
     if is_several and settings.value_of(arguments, settings.PEER_TIMEOUT) is None:
         arguments = [*arguments, f"--{settings.PEER_TIMEOUT}={_PEER_TIMEOUT_SECS}"]
-    workdir = settings.check_training(arguments, is_several)
+    workdir = settings.check_training(arguments, is_several, sets_processes=is_several)
     program = shlex.split(_PROGRAM.value or "") or settings.train_program()
     if settings.DRY_RUN.value:
         for command in _commands(program, arguments, "PORT"):

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FAILED, MISUSED = 1, 2
 REMOTE = re.compile(r"(gs|s3)://.")
 PEER_TIMEOUT = "peer_timeout_secs"
+PEER_TIMEOUT_SECS = 60  # unless it is given
 # What launchers say of the processes of a run.
 _OF_PROCESSES = ("multihost", "coordinator", "n_processes", "process")
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
@@ -91,7 +92,9 @@ def variables() -> dict[str, str]:
     return found
 
 
-def check_training(arguments: Sequence[str], sets_processes: bool = True) -> str:
+def check_training(
+    arguments: Sequence[str], is_several: bool, sets_processes: bool = True
+) -> str:
     """The workdir of these arguments of `sae-jax train`, which have what it needs."""
     if not value_of(arguments, "config"):
         raise ValueError("give --config=FILE of `sae-jax train` behind --")
@@ -103,7 +106,10 @@ def check_training(arguments: Sequence[str], sets_processes: bool = True) -> str
     workdir = value_of(arguments, "workdir")
     if not workdir:
         raise ValueError("give --workdir=FOLDER behind --, where the run is saved")
-    _check_grace(value_of(arguments, PEER_TIMEOUT))
+    peer_timeout = value_of(arguments, PEER_TIMEOUT)
+    if peer_timeout is None and (is_several or "--multihost" in arguments):
+        peer_timeout = str(PEER_TIMEOUT_SECS)
+    _check_grace(peer_timeout)
     return workdir
 
 
@@ -166,7 +172,8 @@ def _check_grace(peer_timeout: str | None) -> None:
         raise ValueError(
             f"--grace_secs={GRACE_SECS.value} is not more than twice "
             f"--{PEER_TIMEOUT}={peer_timeout}: processes would be killed before they "
-            "notice that another is lost; give more grace, or a shorter time behind --"
+            "notice that another is lost; give more grace, or a shorter "
+            f"--{PEER_TIMEOUT} behind --"
         )
 
 

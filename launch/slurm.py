@@ -60,9 +60,9 @@ def main(words: list[str], arguments: list[str]) -> int:
 
 
 def _script(arguments: list[str]) -> str:
-    settings.check_training(arguments)
     n_tasks = max(_GPUS.value, 1)
     is_several = _NODES.value * n_tasks > 1
+    settings.check_training(arguments, is_several)
     step = [
         *("srun", "--kill-on-bad-exit=0", f"--wait={settings.GRACE_SECS.value}"),
         # Since Slurm 22.05 srun does not take them over from sbatch.

@@ -100,8 +100,8 @@ def _install() -> int:
 
 
 def _start(arguments: list[str]) -> int:
-    workdir = settings.check_training(arguments)
     n_hosts = read_slice().n_hosts
+    workdir = settings.check_training(arguments, n_hosts > 1)
     is_shared = workdir.startswith("/") or settings.REMOTE.match(workdir)
     if n_hosts > 1 and not is_shared:
         raise ValueError(

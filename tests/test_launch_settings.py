@@ -1,7 +1,15 @@
 """The launchers' settings: refused in one line, in --help, no secrets among them."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 from launching import GKE, LAUNCH, ROOT, SLURM, Stage, train
+
+from sae_jax import exits
+from sae_jax.config import Cluster
 
 
 @pytest.fixture
@@ -33,6 +41,19 @@ REFUSED = [
             "--grace_secs=150 is not more than twice --peer_timeout_secs=75: ",
         )
         for launch in (("local",), SLURM, GKE, POD)
+    ),
+    *(
+        (
+            (*launch, "--grace_secs=120", *train("gs://b/w")),
+            2,
+            "--grace_secs=120 is not more than twice --peer_timeout_secs=60: ",
+        )
+        for launch in (SLURM, GKE, POD)
+    ),
+    (
+        ("local", "--grace_secs=120", *train("w", "--multihost")),
+        2,
+        "--grace_secs=120 is not more than twice --peer_timeout_secs=60: ",
     ),
     (
         ("local", *train("w", "--peer_timeout_secs=x")),
@@ -116,6 +137,27 @@ def test_help_tells_of_every_setting(stage, launcher):
     assert own.count("\n  --") == defined
     assert "--max_restarts" in done.stdout and "--dry_run" not in own
     assert ("--accelerator" in done.stdout) == (launcher in ("tpu_vm", "gke"))
+
+
+def test_what_launchers_know_of_sae_jax_is_so():
+    """They are run without it, so its numbers stand in both."""
+    code = """
+import gke, json, processes as p, settings as s
+ended = p.PREEMPTED, p.PEER_LOST, p._STOPPED, s.FAILED, s.MISUSED
+print(json.dumps([ended, gke._LASTING, s.PEER_TIMEOUT_SECS]))
+"""
+    environment = os.environ | {"PYTHONPATH": str(LAUNCH)}
+    out = subprocess.check_output([sys.executable, "-c", code], env=environment)
+    ended, lasting, peer_timeout_secs = json.loads(out)
+    stopped, failed, misused = exits.STOPPED, exits.FAILED, exits.MISUSED
+    assert ended == [exits.PREEMPTED, exits.PEER_LOST, stopped, failed, misused]
+    assert lasting == sorted([failed, misused, stopped])
+    assert peer_timeout_secs == Cluster().peer_timeout_secs
+
+
+def test_one_process_waits_for_no_other(stage):
+    done = stage.run("local", "--dry_run", "--grace_secs=1", *train("w"))
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_image_is_made_of_what_is_there():

@@ -40,7 +40,9 @@ _START_TIMEOUT = flags.DEFINE_integer(
     "start_timeout_secs", 300, "how long to wait until all have come"
 )
 _PEER_TIMEOUT = flags.DEFINE_float(
-    "peer_timeout_secs", 60, "another process that says nothing for so long is lost"
+    "peer_timeout_secs",
+    Cluster.peer_timeout_secs,
+    "another process that says nothing for so long is lost",
 )
 _STALL_TIMEOUT = flags.DEFINE_float(
     "stall_timeout_secs", 1800, "the run ends if no process does a step for so long"
