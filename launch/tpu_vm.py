@@ -33,6 +33,8 @@ _ARCHIVED = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE") + (
     "experiments",
     "launch",
 )
+# After a reboot another program may have the number.
+_IS_RUNNING = 'grep -aqs launch/local.py "/proc/$(cat run.pid)/cmdline"'
 # What the account's shell runs on each host, in its home.
 _INSTALL = f"""set -e
 mkdir -p sae_jax
@@ -41,22 +43,22 @@ cd sae_jax
 python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --clear --python 3.12 .venv
 python3 -m uv pip install --quiet --python .venv/bin/python -e '.[tpu]'"""
-_START = """set -e
+_START = f"""set -e
 cd sae_jax
-if [ -s run.pid ] && kill -0 "$(cat run.pid)" 2>/dev/null; then
+if [ -s run.pid ] && {_IS_RUNNING}; then
   echo "a run is under way: stop it first" >&2
   exit 1
 fi
 trap "" HUP
-{command} >run.log 2>&1 </dev/null &
+{{command}} >run.log 2>&1 </dev/null &
 echo $! >run.pid"""
 _FOLLOW = """set -e
 cd sae_jax
 tail -n 100 -F --pid="$(cat run.pid)" run.log"""
-_STOP = """set -e
+_STOP = f"""set -e
 cd sae_jax
 pid=$(cat run.pid)
-if kill -TERM "$pid" 2>/dev/null; then tail -f --pid="$pid" /dev/null; fi
+if {_IS_RUNNING} && kill -TERM "$pid"; then tail -f --pid="$pid" /dev/null; fi
 tail -n 1 run.log"""
 
 

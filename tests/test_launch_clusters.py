@@ -68,6 +68,24 @@ def test_tpu_vm_is_installed_run_and_stopped_on_all_hosts(tpu):
         assert "pod" in words or "pod:" in words
 
 
+def test_tpu_vm_leaves_alone_who_has_the_number_of_an_ended_run(tpu):
+    """As after a reboot of the host."""
+    tpu.run("tpu_vm", "install")
+    others = [subprocess.Popen(["sleep", "600"]) for _ in range(2)]
+    for host, other in enumerate(others):
+        there = tpu.hosts / f"host-{host}" / "sae_jax"
+        (there / "run.pid").write_text(str(other.pid))
+        (there / "run.log").write_text("the end\n")
+    stopped = tpu.run("tpu_vm", "stop")
+    assert (stopped.returncode, stopped.stdout) == (0, "the end\n" * 2)
+    assert [other.poll() for other in others] == [None, None]
+    started = tpu.run("tpu_vm", "start", "--accelerator=v5p-16", *train(tpu.plan({})))
+    assert started.returncode == 0, started.stderr
+    for other in others:
+        other.kill()
+        other.wait()
+
+
 @pytest.mark.parametrize("action", ["create", "install", "start", "follow", "stop"])
 def test_tpu_vm_dry_run_is_what_would_run(tpu, action):
     for host in ("host-0", "host-1"):  # so that following and stopping end
