@@ -92,8 +92,7 @@ def _run(program: list[str], arguments: list[str], workdir: str, wish: Wish) -> 
             _tell(f"{cause}; {_tell_end(n_allowed)}")
             return cause.status
         _tell(f"{cause}; {_tell_restart(n_restarts, n_allowed, start)}")
-        wish.sleep(min(2**n_restarts / 2, _LONGEST_PAUSE_SECS))
-        if wish:
+        if wish.sleep(min(2**n_restarts / 2, _LONGEST_PAUSE_SECS)):
             _tell(stopped)
             return PREEMPTED
 

@@ -57,19 +57,24 @@ class End:
 
 
 class Wish:
-    """Counts the SIGTERM, SIGINT and SIGHUP that ask the launcher to stop."""
+    """Counts the SIGTERM, SIGINT and SIGHUP that ask the launcher to stop.
+
+    SIGUSR1 asks to start nothing more; what runs is told by somebody else.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self.starts_no_more = False
 
     def __bool__(self) -> bool:
         return self.count > 0
 
-    def sleep(self, seconds: float) -> None:
-        """For so long, or until the wish is there."""
+    def sleep(self, seconds: float) -> bool:
+        """For so long, or until nothing is to be started; whether that is so."""
         end = time.monotonic() + seconds
-        while not self and time.monotonic() < end:
+        while not (self or self.starts_no_more) and time.monotonic() < end:
             time.sleep(_POLL_SECS)
+        return bool(self) or self.starts_no_more
 
 
 @contextlib.contextmanager
@@ -78,12 +83,15 @@ def stop_wish() -> Iterator[Wish]:
     wish = Wish()
 
     def note(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        wish.count += 1
+        del frame
+        if number == signal.SIGUSR1:
+            wish.starts_no_more = True
+        else:
+            wish.count += 1
 
     before = {
         number: signal.signal(number, note)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
         if signal.getsignal(number) != signal.SIG_IGN
     }
     try:

@@ -33,15 +33,21 @@ _SETUP = flags.DEFINE_multi_string(
     "setup", [], "a shell line that is run first, as 'module load cuda'; repeatable"
 )
 _TIME_FORM = re.compile(r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}")
-# The signal of the time limit goes to the step's tasks, not to this shell. A job that
-# is cancelled, or whose nodes are taken, is not RUNNING when its tasks have saved: then
-# Slurm has decided already whether it goes back into the queue.
+# The signal of the time limit goes to this shell, for there may be no tasks: a launcher
+# pauses before it starts them again. They are told by scancel, as srun would kill them
+# at a SIGTERM of its own. A job that is cancelled, or whose nodes are taken, is not
+# RUNNING when its tasks have saved: then Slurm has decided already whether it goes back
+# into the queue.
 _SCRIPT = """#!/usr/bin/env bash
 # By launch/slurm.py, for sbatch.
 {options}
 
 trap : TERM  # outlives it, to wait for the save
-{lines}
+{setup}{command} &
+launcher=$!
+trap 'kill -USR1 "$launcher"; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done
+wait "$launcher"
 status=$?
 state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
 if [ "$status" = {preempted} ] && [ "$state" = RUNNING ]; then
@@ -79,7 +85,8 @@ def _script(arguments: list[str]) -> str:
     options = "\n".join(f"#SBATCH --{line}" for line in _options(n_tasks))
     return _SCRIPT.format(
         options=options,
-        lines="\n".join([*_SETUP.value, command]),
+        setup="".join(f"{line}\n" for line in _SETUP.value),
+        command=command,
         preempted=PREEMPTED,
     )
 
@@ -105,7 +112,7 @@ def _options(n_tasks: int) -> list[str]:
         "output=%x-%j.log",
         "open-mode=append",
         "requeue",
-        f"signal=TERM@{settings.GRACE_SECS.value}",
+        f"signal=B:USR1@{settings.GRACE_SECS.value}",
     ]
 
 

@@ -106,8 +106,18 @@ while command[0].startswith("--"):
 tasks = [subprocess.Popen(command, env={**os.environ, "SLURM_PROCID": str(p)},
                           start_new_session=True) for p in range(2)]
 signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks])
+with open("tasks", "w") as file:
+    file.write(" ".join(str(task.pid) for task in tasks))
 statuses = [task.wait() for task in tasks]
 sys.exit(max(s if s >= 0 else 128 - s for s in statuses))
+"""
+# The tasks, not the shell.
+_SCANCEL = _RECORD + """
+for pid in open("tasks").read().split():
+    try:
+        os.kill(int(pid), signal.SIGTERM)
+    except ProcessLookupError:
+        pass
 """
 # A job that is running, unless its folder says otherwise.
 _SQUEUE = _RECORD + """
@@ -143,7 +153,7 @@ class Stage:
         self.bin.mkdir()
         (self.bin / "python").symlink_to(sys.executable)
         stubs = {"sae-jax": _TRAIN, "gcloud": _GCLOUD, "srun": _SRUN}
-        stubs |= {"python3": _PYTHON3, "squeue": _SQUEUE}
+        stubs |= {"python3": _PYTHON3, "squeue": _SQUEUE, "scancel": _SCANCEL}
         stubs |= dict.fromkeys(("kubectl", "sbatch", "scontrol"), _RECORD)
         for name, text in stubs.items():
             (self.bin / name).write_text(text)

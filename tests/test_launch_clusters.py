@@ -227,7 +227,7 @@ def start_script(stage, script):
 
 def test_slurm_options(stage):
     options = ("--gpus_per_node=8", "--cpus_per_task=4", "--time=1-00:00:00")
-    queue = ("--partition=gpu", "--account=lab", "--grace_secs=90", "--name=big")
+    queue = ("--partition=gpu", "--account=lab", "--grace_secs=121", "--name=big")
     lines = ("--setup=module load cuda", "--setup=ulimit -n 4096")
     flags = (*options, *queue, *lines)
     text = write_script(stage, *flags, *train("w")).read_text()
@@ -245,7 +245,7 @@ def test_slurm_options(stage):
         "output=%x-%j.log",
         "open-mode=append",
         "requeue",
-        "signal=TERM@90",
+        "signal=B:USR1@121",
     }
     # sbatch reads no options behind the first command.
     assert text.index("#SBATCH --signal") < text.index("\ntrap")
@@ -269,7 +269,7 @@ def test_slurm_steps_have_the_cores_of_a_process(stage, cpus):
 )
 def test_slurm_time_above_the_grace_is_asked_for(stage, limit):
     text = write_script(stage, f"--time={limit}", *train("w")).read_text()
-    assert f"#SBATCH --time={limit}\n" in text and "signal=TERM@150" in text
+    assert f"#SBATCH --time={limit}\n" in text and "signal=B:USR1@150" in text
 
 
 @pytest.mark.parametrize(
@@ -298,6 +298,31 @@ def test_slurm_job_goes_on(stage, first, status, n_attempts, is_requeued):
     assert stage.calls("squeue")[0][0][1:] == ["--jobs=77", "--format=%T"]
     for words, _ in stage.calls("srun"):
         assert words[:2] == ["--kill-on-bad-exit=0", "--wait=150"]
+
+
+def test_slurm_job_is_saved_and_queued_again_before_its_time_is_up(stage):
+    """By tasks that are told once, and not by srun too, which would kill them."""
+    workdir = stage.plan({0: "wait", 1: "wait"})
+    process = start_script(stage, write_script(stage, *train(workdir)))
+    wait_until(lambda: calls_of(workdir, 0) and calls_of(workdir, 1))
+    os.kill(process.pid, signal.SIGUSR1)
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert stage.calls("scancel") == [(["--signal=TERM", "77"], "")]
+    assert stage.calls("scontrol") == [(["requeue", "77"], "")]
+    for task in (0, 1):
+        assert (workdir / f"terms-{task}").read_text() == "0\n"
+
+
+def test_slurm_job_is_queued_again_where_nothing_runs_as_its_time_is_up(stage):
+    workdir = stage.plan({0: "kill=9", 1: "kill=9"})
+    process = start_script(stage, write_script(stage, *train(workdir)))
+    while "without a new checkpoint" not in (line := process.stderr.readline()):
+        assert line
+    os.kill(process.pid, signal.SIGUSR1)
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert stage.calls("scontrol") == [(["requeue", "77"], "")]
 
 
 @pytest.mark.parametrize("is_all_signalled", [True, False])

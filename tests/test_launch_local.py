@@ -173,11 +173,12 @@ def test_a_second_signal_kills(stage):
     assert "SIGKILL" in err
 
 
-def test_a_stop_between_attempts_starts_nothing(stage):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_between_attempts_starts_nothing(stage, number):
     workdir = stage.plan({0: "kill=9"})
     process = stage.start("local", *train(workdir))
     assert "restart 1 of 3" in process.stderr.readline()
-    process.terminate()
+    process.send_signal(number)
     process.communicate(timeout=20)
     assert process.returncode == 75
     assert len(calls_of(workdir)) == 1
@@ -290,7 +291,8 @@ def run_code(code, cwd=None):
     return subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": f"{LAUNCH}:{ROOT}"},
+        cwd=cwd,
         text=True,
         capture_output=True,
+        timeout=60,
     )
-    assert (done.stdout, done.stderr) == ("12\n", "")
