@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -228,6 +229,13 @@ def flag_of(arguments: list[str], name: str) -> str:
     found = [a for a in arguments if a.startswith(f"--{name}=")]
     assert len(found) == 1, arguments
     return found[0].split("=", 1)[1]
+
+
+def find_port() -> int:
+    """One of loopback that nobody has."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def wait_until(is_so: Callable[[], object]) -> None:

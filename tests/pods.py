@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import jax
 import synthetic
+from launching import find_port
 
 import sae_jax
 from sae_jax import writers
@@ -23,7 +23,8 @@ from sae_jax import config
 def get_config():
     return config.from_json(config.TrainConfig, {text!r}, "a test")
 """
-_COMMAND = (sys.executable, "-c", "from sae_jax.cli import run; run()", "train")
+_RUN = "from sae_jax.cli import run; run()"
+TRAIN = (sys.executable, "-c", _RUN, "train")
 _LIMIT_SECS = 280  # less than the suite's own
 
 
@@ -41,20 +42,21 @@ class Pod:
         rows: int = 24 * 64,
         missing: tuple[int, ...] = (),
         own_arguments: tuple[str, ...] = (),
+        code: str = "",
     ):
         """The config is `make_config(data)` of the module. `missing` are not started;
-        the last one has `own_arguments` as well."""
+        the last one has `own_arguments` as well. All begin with `code`."""
         config = workdir.parent / f"{workdir.name}.py"
         made = importlib.import_module(module).make_config(str(data), rows=rows)
         config.write_text(CONFIG.format(text=to_json(made)))
         self.workdir, self.n_processes = workdir, n_processes
         common = [
-            *_COMMAND,
+            *(sys.executable, "-c", f"{code}\n{_RUN}", "train"),
             f"--config={config}",
             f"--workdir={workdir}",
             f"--cpu_devices={devices_each}",
             "--multihost",
-            f"--coordinator=127.0.0.1:{_find_port()}",
+            f"--coordinator=127.0.0.1:{find_port()}",
             f"--n_processes={n_processes}",
             *arguments,
         ]
@@ -161,9 +163,3 @@ def _kill(pid: int, number: int) -> None:
         os.kill(pid, number)
     except ProcessLookupError:
         pass
-
-
-def _find_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
