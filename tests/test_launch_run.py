@@ -12,38 +12,36 @@ from pathlib import Path
 import numpy as np
 import pytest
 import synthetic
-from launching import LAUNCH
-from pods import leaves, read_metrics, read_state
+from launching import LAUNCH, find_port
+from pods import CONFIG, TRAIN, leaves, read_metrics, read_state
 
 from sae_jax.config import to_json
 
-CONFIG = """
-from sae_jax import config
-
-def get_config():
-    return config.from_json(config.TrainConfig, {text!r}, "a test")
-"""
-_START = r" train: .*, from step (\d+) to "
-TRAIN = [sys.executable, "-c", "from sae_jax.cli import run; run()", "train"]
+_START = r"\btrain: .*, from step (\d+) to "
 
 
 class Launched:
-    """A run of two processes of two devices each."""
+    """A run of two processes of two devices each, or one of these, as of a host."""
 
-    def __init__(self, folder: Path, store: Path, n_steps: int):
-        folder.mkdir()
+    def __init__(
+        self, folder: Path, store: Path, n_steps: int, place: tuple[str, ...] = ()
+    ):
+        """`place` is what train is told of one that is started alone."""
+        folder.mkdir(exist_ok=True)
         config = synthetic.make_config(store, rows=n_steps * 64)
         (folder / "c.py").write_text(CONFIG.format(text=to_json(config)))
         self.workdir = folder / "run"
-        self._out, self._err = folder / "out", folder / "err"
+        host = "".join(place[-1:])
+        self._out, self._err = folder / f"out{host}", folder / f"err{host}"
         paths = os.pathsep.join(filter(None, sys.path))
         with open(self._out, "w") as out, open(self._err, "w") as err:
             self._launcher = subprocess.Popen(
                 [
-                    *(sys.executable, LAUNCH / "local.py", "--n_processes=2"),
+                    *(sys.executable, LAUNCH / "local.py"),
+                    *("--name=launcher", f"--n_processes={1 if place else 2}"),
                     *("--max_restarts=5", f"--program={shlex.join(TRAIN)}", "--"),
                     *("--config=c.py", f"--workdir={self.workdir}"),
-                    *("--cpu_devices=2", "--peer_timeout_secs=5"),
+                    *("--cpu_devices=2", "--peer_timeout_secs=5", *place),
                 ],
                 cwd=folder,
                 env=os.environ | {"PYTHONPATH": paths},
@@ -58,19 +56,20 @@ class Launched:
 
     @property
     def said(self) -> str:
-        """What the processes printed."""
-        return self._out.read_text()
+        """All that was printed."""
+        return self._out.read_text() + self._err.read_text()
 
     @property
     def lines(self) -> list[str]:
         """What the launcher itself told."""
-        return self._err.read_text().splitlines()
+        lines = self._err.read_text().splitlines()
+        return [line for line in lines if line.startswith("launcher: ")]
 
     def wait_for(self, is_so) -> None:
         end = time.monotonic() + 280
         while not is_so():
-            assert self._launcher.poll() is None, self._out.read_text()
-            assert time.monotonic() < end, self._out.read_text()
+            assert self._launcher.poll() is None, self.said
+            assert time.monotonic() < end, self.said
             time.sleep(0.01)
 
     def n_steps(self) -> int:
@@ -88,12 +87,12 @@ class Launched:
                 continue
             if {f"--process={number}", f"--workdir={self.workdir}"} <= set(words):
                 parents[int(path.name)] = int(parent)
-        (trainer,) = [one for one, parent in parents.items() if parent in parents]
+        (trainer,) = parents.keys() - parents.values()
         os.kill(trainer, signal.SIGKILL)
 
     def finish(self) -> None:
         status = self._launcher.wait(timeout=240)
-        assert status == 0, self._out.read_text() + self._err.read_text()
+        assert status == 0, self.said
 
 
 @pytest.mark.timeout(900)
@@ -119,7 +118,36 @@ def test_killed_at_random_a_run_ends_with_the_same_bits(
         assert line.removesuffix(", newly saved").endswith(where)
     assert "[Gloo] Rank" not in run.said
 
-    undisturbed = Launched(tmp_path / "undisturbed", planted_store, n_steps)
+    assert_same_bits(run, tmp_path, planted_store, n_steps)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_hosts_that_each_start_their_own_end_with_the_same_bits(
+    planted_store, tmp_path
+):
+    """As launch/tpu_vm.py leaves them: a lost process is started while others live."""
+    n_steps, address = 48, f"--coordinator=127.0.0.1:{find_port()}"
+    shared = ("--multihost", address, "--n_processes=2")
+    hosts = [
+        Launched(tmp_path / "run", planted_store, n_steps, (*shared, f"--process={i}"))
+        for i in range(2)
+    ]
+    hosts[0].wait_for(lambda: hosts[0].n_steps() >= 20)
+    hosts[1].kill(1)
+    for host in hosts:
+        host.finish()
+    assert hosts[0].starts[0] == 0 and hosts[0].starts[-1] >= 16
+    assert "process 0 died of SIGKILL (137); restart" in hosts[1].lines[0]
+    assert "process 0 lost another process or its bucket (76)" in hosts[0].lines[0]
+    assert_same_bits(hosts[0], tmp_path, planted_store, n_steps)
+
+
+def assert_same_bits(
+    run: Launched, folder: Path, store: Path, n_steps: int
+) -> None:
+    """As an undisturbed run has."""
+    undisturbed = Launched(folder / "undisturbed", store, n_steps)
     undisturbed.finish()
     assert undisturbed.starts == [0] and not undisturbed.lines
     folders = (run.workdir, undisturbed.workdir)
