@@ -5,9 +5,11 @@ span them all. Process 0 alone writes and tells.
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
+import socket
 import time
 import zlib
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from jax.experimental import multihost_utils
 
 from sae_jax.config import Cluster
 from sae_jax.exits import (
+    AGAIN,
     FAILED,
     MET_PIPE,
     PEER_LOST,
@@ -43,36 +46,22 @@ def join(cluster: Cluster) -> Iterator[None]:
     When another process is lost this one ends, whatever it does: `sae_jax.watch`.
 
     Raises:
-        ValueError: there is no cluster.
-        PeerLost: the body failed in what all do together.
+        ValueError: nothing tells where the others are, or this process has asked for a
+            device before, or has none.
+        PeerLost: they cannot meet, or the body failed in what all do together.
     """
     global _watch
-    try:
-        jax.distributed.initialize(
-            coordinator_address=cluster.coordinator,
-            num_processes=cluster.n_processes,
-            process_id=cluster.process,
-            initialization_timeout=cluster.start_timeout_secs,
-            # Later than the watch, which knows who is silent. Heartbeats come twice in
-            # this time: half of it may have gone by when a process dies.
-            heartbeat_timeout_seconds=max(4, round(4 * cluster.peer_timeout_secs)),
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"no cluster was found ({error}): give --coordinator, --n_processes and "
-            "--process, or leave out --multihost"
-        ) from error
-    except RuntimeError as error:  # a device was asked for, or this is the second time
-        raise ValueError(str(error)) from error
+    _meet_all(cluster)
     _tell_supervisor()
     _watch = Watch(
         global_state.client,
-        jax.process_index(),
+        global_state.process_id,
         cluster.peer_timeout_secs,
         cluster.stall_timeout_secs,
     )
     _watch.start()
     try:
+        _open_devices()
         yield
     except Preempted:  # as all others are, after the same step
         _part(_watch)
@@ -142,13 +131,67 @@ def meet(name: str) -> None:
         client.wait_at_barrier(name, _MEETING_MSECS)
 
 
+def _meet_all(cluster: Cluster) -> None:
+    if cluster.process == 0 and cluster.coordinator:
+        _check_port(cluster.coordinator)
+    try:
+        jax.distributed.initialize(
+            coordinator_address=cluster.coordinator,
+            num_processes=cluster.n_processes,
+            process_id=cluster.process,
+            initialization_timeout=cluster.start_timeout_secs,
+            # Later than the watch, which knows who is silent. Heartbeats come twice in
+            # this time: half of it may have gone by when a process dies.
+            heartbeat_timeout_seconds=max(4, round(4 * cluster.peer_timeout_secs)),
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"no cluster was found ({error}): give --coordinator, --n_processes and "
+            "--process, or leave out --multihost"
+        ) from error
+    except jax.errors.JaxRuntimeError as error:
+        address = global_state.coordinator_address or cluster.coordinator
+        raise _cannot_meet(address, error) from error
+    except RuntimeError as error:  # a device was asked for, or this is the second time
+        raise ValueError(str(error)) from error
+
+
+def _check_port(address: str) -> None:
+    """PeerLost if it is another program's: jaxlib 0.10 dies of that, without a word."""
+    try:
+        socket.create_server(("", int(address.rpartition(":")[2]))).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise _cannot_meet(address, error) from error
+
+
+def _cannot_meet(address: str | None, error: Exception) -> PeerLost:
+    return PeerLost(
+        f"process {global_state.process_id}: the processes cannot meet at {address} "
+        f"({_first_line(error)}): see that no other program has this port, or give "
+        f"another --coordinator; {AGAIN}"
+    )
+
+
+def _open_devices() -> None:
+    """The first that asks for them, when the others hear what comes of it."""
+    note("opening its devices")
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise ValueError(
+            f"process {global_state.process_id} cannot open its devices "
+            f"({_first_line(error)}): see to its driver, and to JAX_PLATFORMS"
+        ) from error
+
+
 def _part(watch: Watch) -> None:
     watch.stop()
     jax.distributed.shutdown()
 
 
 def _leave(watch: Watch, error: BaseException, peer_timeout_secs: float) -> None:
-    message = (str(error).strip() or type(error).__name__).splitlines()[0]
+    message = _first_line(error)
     if _is_of_devices(error) or _is_of_devices(error.__cause__):
         # A peer that dies breaks what all do together, and saves. The watch finds out
         # who it was, and ends this process, long before that.
@@ -158,6 +201,10 @@ def _leave(watch: Watch, error: BaseException, peer_timeout_secs: float) -> None
         return
     watch.leave(PEER_LOST, message)
     raise PeerLost(f"what all processes do together broke: {message}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _is_of_devices(error: BaseException | None) -> bool:
@@ -171,7 +218,7 @@ def _is_of_devices(error: BaseException | None) -> bool:
 def _tell_supervisor() -> None:
     if MET_PIPE in os.environ:
         met = {
-            "process": jax.process_index(),
+            "process": global_state.process_id,
             "coordinator": global_state.coordinator_address,
         }
         with os.fdopen(int(os.environ.pop(MET_PIPE)), "w") as pipe:

@@ -2,6 +2,7 @@
 
 import errno
 import signal
+import socket
 import time
 import types
 
@@ -20,6 +21,16 @@ from sae_jax.exits import FAILED, PEER_LOST, PREEMPTED, PeerLost
 text_file = test_stream.text_file
 
 QUICK = ("--peer_timeout_secs=5", "--config.mesh.data=2")
+BROKEN = """
+import jax, sys
+if "--process=1" in sys.argv:
+    from sae_jax import processes
+    meet = processes._meet_all
+    def break_after(cluster):
+        meet(cluster)
+        jax.config.update("jax_platforms", "none_such")
+    processes._meet_all = break_after
+"""
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +113,31 @@ def test_sigterm_to_one_saves_the_step_of_all(planted_store, tmp_path):
     step = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
     assert f"stopped after step {step} of 9999" in pod.last_line(1)
     assert pods.read_metrics(workdir)[-1]["step"] == step
+
+
+def test_one_without_devices_is_named_by_all(planted_store, tmp_path):
+    with pods.Pod(
+        tmp_path / "run", planted_store, 2, 1, *QUICK, code=BROKEN
+    ) as pod:
+        assert pod.wait() == [FAILED, FAILED], pod.tell(0) + pod.tell(1)
+        for i in range(2):
+            assert "process 1 cannot open its devices (" in pod.last_line(i)
+            assert "none_such" in pod.last_line(i)
+            assert "Traceback" not in pod.tell(i)
+
+
+def test_a_port_that_is_taken_is_told(planted_store, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        own = (f"--coordinator={address}",)
+        with pods.Pod(
+            tmp_path / "run", planted_store, 1, 1, own_arguments=own
+        ) as pod:
+            assert pod.wait() == [PEER_LOST], pod.tell(0)
+            assert f"process 0: the processes cannot meet at {address} (" in (
+                pod.last_line(0)
+            )
+            assert "see that no other program has this port" in pod.last_line(0)
 
 
 def test_processes_that_do_not_meet_are_told(planted_store, tmp_path):
@@ -202,6 +238,17 @@ def test_what_a_lost_peer_may_have_caused_waits_for_the_watch(
     else:
         processes._leave(watch, error, 7)
     assert slept == [14] * is_patient and left == [(code, str(error))]
+
+
+def test_what_jax_meets_with_where_processes_meet_is_told(monkeypatch):
+    def fail(**settings):
+        raise JaxRuntimeError("UNKNOWN: Failed to start RPC server\nmore")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    message = r"cannot meet at 10\.0\.0\.2:9 \(UNKNOWN: Failed .* server\): see that no"
+    with pytest.raises(PeerLost, match=message):
+        with processes.join(Cluster("10.0.0.2:9", 2, 1)):
+            raise AssertionError
 
 
 def test_processes_meet_before_any_device_is_asked_for():
