@@ -21,6 +21,18 @@ from sae_jax.exits import FAILED, PEER_LOST, PREEMPTED, PeerLost
 text_file = test_stream.text_file
 
 QUICK = ("--peer_timeout_secs=5", "--config.mesh.data=2")
+# Process 0 has more to do at the end than another may be silent for.
+LATE = """
+import time
+from sae_jax import processes
+from sae_jax.mirror import Mirror
+leave = Mirror.__exit__
+def leave_late(*arguments):
+    if processes.is_first():
+        time.sleep(9)
+    leave(*arguments)
+Mirror.__exit__ = leave_late
+"""
 BROKEN = """
 import jax, sys
 if "--process=1" in sys.argv:
@@ -113,6 +125,18 @@ def test_sigterm_to_one_saves_the_step_of_all(planted_store, tmp_path):
     step = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
     assert f"stopped after step {step} of 9999" in pod.last_line(1)
     assert pods.read_metrics(workdir)[-1]["step"] == step
+
+
+def test_one_may_end_long_after_another(planted_store, tmp_path):
+    rows, workdir = 9999 * 64, tmp_path / "run"
+    with pods.Pod(
+        workdir, planted_store, 2, 1, *QUICK, rows=rows, code=LATE
+    ) as pod:
+        pod.wait_for_step(3)
+        pod.send(0, signal.SIGTERM)
+        assert pod.wait() == [PREEMPTED, PREEMPTED], pod.tell(0) + pod.tell(1)
+        for i in range(2):
+            assert "is saved: the same command goes on" in pod.last_line(i)
 
 
 def test_one_without_devices_is_named_by_all(planted_store, tmp_path):
