@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from sae_jax.config import DataConfig, OptimizerConfig, SaeConfig, TrainConfig
 from sae_jax.loader import StoreFeed
+from sae_jax.saes import Sae
 from sae_jax.state import Setup
 from sae_jax.step import validate
 from sae_jax.store import Store
@@ -70,6 +71,15 @@ def drop_times(rows: list[dict]) -> list[dict]:
     """Metrics, less what is another in every life."""
     times = ("rows_per_second", "loading_share")
     return [{k: v for k, v in row.items() if k not in times} for row in rows]
+
+
+def heldout_nmse(store: Store, sae: Sae) -> float:
+    """Of held-out rows, as metrics give it of batches."""
+    start, n_rows = store.shards("heldout")[0]
+    acts_bd = store.read_ranges(SITE, [(start, n_rows)]).astype(np.float32)
+    normed_bd, _, scale = sae.normalize(acts_bd)
+    error_bd = (sae.decode(sae.encode(acts_bd)) - acts_bd) / scale
+    return float(np.sum(error_bd**2) / np.sum((normed_bd - normed_bd.mean(0)) ** 2))
 
 
 class Killed(Exception):

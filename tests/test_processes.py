@@ -14,9 +14,10 @@ import synthetic
 import test_stream
 from jax.errors import JaxRuntimeError
 
-from sae_jax import files, loop, processes
+from sae_jax import files, loop, processes, run
 from sae_jax.config import Cluster, MeshConfig
 from sae_jax.exits import FAILED, PEER_LOST, PREEMPTED, PeerLost
+from sae_jax.store import open_store
 
 text_file = test_stream.text_file
 
@@ -72,6 +73,32 @@ def pair(planted_store, tmp_path_factory):
 
 def test_two_processes_train_as_one_does(pair, alone):
     assert_close(pods.read_metrics(pair.workdir), alone((2, 4)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("n_processes, shape", [(2, (2, 4)), (4, (1, 8))])
+def test_long_runs_of_several_processes_end_as_one_does(
+    n_processes, shape, planted_store, tmp_path
+):
+    """Their first 100 steps are alike; then choosing, which jumps, takes them apart."""
+    rows, n_each = 400 * 64, 8 // n_processes
+    config = synthetic.make_config(
+        planted_store, mesh=MeshConfig(*shape), rows=rows, checkpoint_every_steps=200
+    )
+    loop.train(config, tmp_path / "alone")
+    flags = (f"--config.mesh.data={shape[0]}", "--config.checkpoint_every_steps=200")
+    with pods.Pod(
+        tmp_path / "run", planted_store, n_processes, n_each, *flags, rows=rows
+    ) as pod:
+        assert pod.wait() == [0] * n_processes, pod.tell(0)
+    folders = tmp_path / "run", tmp_path / "alone"
+    several, alone = (pods.read_metrics(folder)[:100] for folder in folders)
+    assert_close(several, alone, 100)
+    store = open_store(planted_store)
+    saes = [run.load(folder, weights="raw") for folder in folders]
+    ends = [synthetic.heldout_nmse(store, sae) for sae in saes]
+    assert ends[0] == pytest.approx(ends[1], rel=5e-3)
 
 
 def test_process_0_alone_writes_and_tells(pair):

@@ -54,22 +54,14 @@ def test_runs_agree_on_every_mesh(mesh, planted_store, unsharded):
     )
 
 
-def _heldout_nmse(store, train_state, setup):
-    start, n_rows = store.shards("heldout")[0]
-    acts = store.read_ranges(setup.site, [(start, n_rows)]).astype(np.float32)
-    sae = setup.sae(train_state.params)
-    normed, _, scale = sae.normalize(acts)
-    error = (sae.decode(sae.encode(acts)) - acts) / scale
-    return float(np.sum(error**2) / np.sum((normed - normed.mean(0)) ** 2))
-
-
 @pytest.mark.slow
 def test_long_runs_end_alike_on_every_mesh(mesh, planted_store):
     store = open_store(planted_store)
     ends = []
     for run_mesh in (make_mesh(MeshConfig(1, 1)), mesh):
         train_state, _ = _run(store, run_mesh, 1000)
-        ends.append(_heldout_nmse(store, train_state, _start(store, run_mesh)[0]))
+        sae = _start(store, run_mesh)[0].sae(train_state.params)
+        ends.append(synthetic.heldout_nmse(store, sae))
     assert ends[1] == pytest.approx(ends[0], rel=5e-3)
 
 
