@@ -128,7 +128,7 @@ def _run(
         contextlib.closing(_Report(setup, writers, checkpoints)) as report,
     ):
         for step in range(start + 1, config.n_steps + 1):
-            processes.note(f"step {step}", step)
+            processes.note(f"step {step}", step - 1)
             profile.at(step, pending)
             with report.loading():
                 acts_bd = next(batches)
@@ -143,6 +143,7 @@ def _run(
             if is_last or step % config.checkpoint_every_steps == 0:
                 report.step(*pending)  # a state is saved only once it was looked at
                 pending = None
+                processes.note(f"saving step {step}", step)
                 mirror.send()
                 checkpoints.save(step, train_state, setup)
             if is_last:

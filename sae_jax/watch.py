@@ -132,7 +132,7 @@ def _tell_stall(states: dict[int, dict[str, Any]], secs: float) -> str:
     if len(last) == len(states):
         return (
             f"all {len(states)} processes have been at {where} for {secs:.0f} s: a "
-            f"device hangs, or the network between them; {AGAIN}"
+            f"device hangs, the disk, or the network between them; {AGAIN}"
         )
     names = ", ".join(f"{p} ({states[p]['host']})" for p in last)
     return (

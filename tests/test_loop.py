@@ -15,7 +15,7 @@ import pytest
 import synthetic
 from synthetic import Killed, KillAt
 
-from sae_jax import files, header, loop, run, writers
+from sae_jax import files, header, loop, processes, resume, run, writers
 from sae_jax.checkpoint import Checkpoints
 from sae_jax.config import (
     DataConfig,
@@ -326,6 +326,21 @@ def _has_reached(path, step):
     if not path.exists():
         return False
     return any(row["step"] >= step for row in writers.read_json_lines(path))
+
+
+def test_a_run_notes_what_it_does(planted_store, tmp_path, monkeypatch):
+    """For the other processes: steps, with how many are done, and saves."""
+    noted = []
+    monkeypatch.setattr(processes, "note", lambda *said: noted.append(said))
+    config = synthetic.make_config(planted_store, mesh=ONE, rows=3 * 64)
+    loop.train(dataclasses.replace(config, checkpoint_every_steps=2), tmp_path)
+    assert noted[-5:] == [
+        ("step 1", 0),
+        ("step 2", 1),
+        ("saving step 2", 2),
+        ("step 3", 2),
+        ("saving step 3", 3),
+    ]
 
 
 def test_config_json_is_whole(undisturbed):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 
 import jax
@@ -146,6 +147,19 @@ def test_a_stall_of_all_is_told(ends, capfd):
     run(store, ends, stall=1.0, say=say)
     assert ends == [PEER_LOST]
     assert "all 2 processes have been at step 9 for" in capfd.readouterr().err
+
+
+def test_a_stall_of_a_save_names_who_is_behind_it(ends, capfd, monkeypatch):
+    """By what a run notes: who saves a step has done it, who ends has saved."""
+    store = Store()
+
+    def say(own, beat):
+        own.note("the end", sys.maxsize)
+        store.say(0, n_done=9, beat=beat, where="saving step 9")
+        store.say(2, n_done=8, beat=beat, where="step 9")
+
+    run(store, ends, stall=1.0, say=say)
+    assert "process 2 (host2) is behind the others, at step 9" in capfd.readouterr().err
 
 
 def test_a_run_that_moves_does_not_stall(ends):
