@@ -32,7 +32,7 @@ from sae_jax.progress import Progress
 from sae_jax.resample import Resampling
 from sae_jax.run import CONFIG_FILE, METRICS_FILE
 from sae_jax.state import Setup, TrainState
-from sae_jax.step import Metrics, make_step, validate
+from sae_jax.step import Metrics, check, make_step, prepare
 from sae_jax.store import Folder
 from sae_jax.stream import Stream
 from sae_jax.writers import JsonLinesWriter, TensorBoardWriter, Writer, Writers
@@ -71,16 +71,18 @@ def train(
     folder = Folder(workdir)
     mesh, why = _choose_mesh(config)
     feed = _open_feed(config, mesh, Path(workdir))
-    setup = validate(config, mesh, feed)
+    complete = check(config, mesh, feed)
     mirror = Mirror(folder)
     profile = _Profile(mirror.path / "profile", profile_steps, config.n_steps)
 
     with contextlib.ExitStack() as stack:
         if processes.is_first() and folder.is_local:
             files.make_writable(folder.path / checkpoint.FOLDER)
-            checkpoint.check_space(folder.path, setup)
             stack.enter_context(files.lock_folder(folder.path))
         resume.check_shared(folder)
+        setup = prepare(complete, mesh, feed)
+        if processes.is_first() and folder.is_local:
+            checkpoint.check_space(folder.path, setup)
         checkpoints = Checkpoints(workdir, config.checkpoints_kept)
         stack.callback(checkpoints.close)
         start, train_state = resume.start_or_resume(setup, feed, checkpoints)

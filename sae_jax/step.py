@@ -34,6 +34,11 @@ def validate(config: TrainConfig, mesh: Mesh, feed: Feed) -> Setup:
     Raises:
         ValueError: one line that names the field, both numbers and the cure.
     """
+    return prepare(check(config, mesh, feed), mesh, feed)
+
+
+def check(config: TrainConfig, mesh: Mesh, feed: Feed) -> TrainConfig:
+    """The part of `validate` that is done at once: the config of an SAE that can be."""
     config = checked(config)
     d_model = feed.width
     if config.sae.d_model not in (None, d_model):
@@ -58,10 +63,16 @@ def validate(config: TrainConfig, mesh: Mesh, feed: Feed) -> Setup:
         subtract_b_dec=subtracts_b_dec(config.sae),
         k_aux=k_aux(config.sae, d_model) if has_auxk else None,
     )
-    # From here on the feed may have to pack its text first.
+    return dataclasses.replace(config, sae=sae)
+
+
+def prepare(config: TrainConfig, mesh: Mesh, feed: Feed) -> Setup:
+    """The rest of it, for which the feed may have to pack its text first."""
     return Setup(
-        config=dataclasses.replace(config, sae=sae, data=feed.data),
-        normalization=normalize.fit(sae.normalization, feed.statistics(), d_model),
+        config=dataclasses.replace(config, data=feed.data),
+        normalization=normalize.fit(
+            config.sae.normalization, feed.statistics(), feed.width
+        ),
         mesh=mesh,
         site=feed.site,
         store_identity=feed.identity,

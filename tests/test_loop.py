@@ -13,6 +13,8 @@ import jax
 import numpy as np
 import pytest
 import synthetic
+import test_stream
+from pods import read_metrics
 from synthetic import Killed, KillAt
 
 from sae_jax import files, header, loop, processes, resume, run, writers
@@ -28,6 +30,8 @@ from sae_jax.exits import Preempted
 from sae_jax.loader import StoreFeed
 from sae_jax.mesh import make_mesh
 from sae_jax.store import open_store
+
+text_file = test_stream.text_file
 
 ONE = MeshConfig(1, 1)
 
@@ -195,6 +199,25 @@ def test_a_run_folder_has_one_writer(undisturbed, planted_store):
     with files.lock_folder(undisturbed[0]):
         with pytest.raises(ValueError, match="in use by another process"):
             loop.train(config, undisturbed[0])
+
+
+def test_a_run_folder_is_taken_before_what_takes_long(
+    text_file, tmp_path, monkeypatch
+):
+    """As packing a stream's text, for which the other processes would wait."""
+
+    def refuse(folder):
+        raise ValueError("not shared")
+
+    config = test_stream.make_config(text_file, mesh=ONE)
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "check_shared", refuse)
+        with pytest.raises(ValueError, match="not shared"):
+            loop.train(config, tmp_path / "run")
+    with files.lock_folder(tmp_path / "run"):
+        with pytest.raises(ValueError, match="in use by another process"):
+            loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "text").exists()
 
 
 @pytest.mark.parametrize(
