@@ -25,6 +25,7 @@ _MAY_CHANGE = (
     "data.store",
     "data.microbatch_rows",
     "sae.exchange",
+    "sae.capacity_factor",
 )
 _PREFIXES = tuple(f"{name}." for name in _MAY_CHANGE)
 
@@ -57,7 +58,7 @@ def check_shared(folder: Folder) -> None:
     """ValueError unless what process 0 writes there is seen by all processes."""
     if jax.process_count() == 1:
         return
-    number = int(processes.from_first(time.time_ns() % 2**31))
+    number = processes.from_first(time.time_ns() % 2**31)
     if processes.is_first():
         folder.write(_TOKEN, str(number))
     processes.wait_for_all("token")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,22 @@ def test_a_run_goes_on_on_another_mesh_in_micro_batches(
             [row[name] for row in _metrics(workdir)],
             rtol=1e-5,
         )
+
+
+def test_a_run_goes_on_with_what_may_change(undisturbed, planted_store, tmp_path):
+    workdir, expected = undisturbed
+    config = synthetic.make_config(planted_store, mesh=ONE)
+    with pytest.raises(Killed):
+        loop.train(config, tmp_path / "run", KillAt(17))
+    shutil.copytree(planted_store, tmp_path / "moved")
+    data = dataclasses.replace(config.data, store=str(tmp_path / "moved"))
+    sae = dataclasses.replace(config.sae, exchange="tree", capacity_factor=2.0)
+    changes = dict(sae=sae, data=data, log_every_steps=2, checkpoint_every_steps=4)
+    config = dataclasses.replace(config, **changes, checkpoints_kept=2)
+    final = jax.device_get(loop.train(config, tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, final, expected)
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert kept == {"20", "24"}
 
 
 def test_a_finished_run_is_left_as_it_is(undisturbed, planted_store):
