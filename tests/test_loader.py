@@ -241,7 +241,7 @@ def test_a_process_has_the_lanes_of_its_devices(
 def test_lanes_and_places_that_no_process_has_whole_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 0)
     for n_lanes in (1, 3):
-        with pytest.raises(ValueError, match="do not fall to processes as a whole"):
+        with pytest.raises(ValueError, match="mesh.data = 4, or choose another mesh"):
             loader.find_lanes(place_processes([[0], [0], [1], [1]]), 48, n_lanes)
     with pytest.raises(ValueError, match="divides over 2 processes unevenly"):
         loader.find_lanes(place_processes([[0], [0], [1]]), 48, 3)

@@ -31,7 +31,7 @@ def find_lanes(mesh: Mesh, batch_rows: int, n_lanes: int) -> list[int]:
     if len(lanes) * n_data != n_lanes * len(ours):
         raise ValueError(
             f"data.lanes = {n_lanes} do not fall to processes as a whole: give a "
-            f"multiple of mesh.data = {n_data}"
+            f"multiple of mesh.data = {n_data}, or choose another mesh"
         )
     return lanes
 
