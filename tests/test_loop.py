@@ -44,10 +44,6 @@ def undisturbed(planted_store, tmp_path_factory):
     return workdir, jax.device_get(loop.train(config, workdir))
 
 
-def _metrics(workdir):
-    return synthetic.drop_times(writers.read_json_lines(workdir / "metrics.jsonl"))
-
-
 def test_a_run_leaves_its_folder(undisturbed):
     workdir, _ = undisturbed
     assert {path.name for path in workdir.iterdir()} == {
@@ -57,7 +53,7 @@ def test_a_run_leaves_its_folder(undisturbed):
         "tensorboard",
         "checkpoints",
     }
-    rows = _metrics(workdir)
+    rows = read_metrics(workdir)
     assert [row["step"] for row in rows] == list(range(1, 25))
     assert rows[-1]["rows"] == 24 * 64
     assert run.read_config(workdir).sae.d_model == 16
@@ -135,7 +131,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
         loop.train(config, tmp_path / "run", KillAt(step))
     final = jax.device_get(loop.train(config, tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, final, expected)
-    assert _metrics(tmp_path / "run") == _metrics(workdir)
+    assert read_metrics(tmp_path / "run") == read_metrics(workdir)
 
 
 def test_a_run_on_two_stores_goes_on_to_the_same_bits(planted_store, tmp_path):
@@ -162,8 +158,8 @@ def test_a_run_goes_on_on_another_mesh_in_micro_batches(
     loop.train(config, tmp_path / "run")
     for name in ("loss", "nmse"):
         np.testing.assert_allclose(
-            [row[name] for row in _metrics(tmp_path / "run")],
-            [row[name] for row in _metrics(workdir)],
+            [row[name] for row in read_metrics(tmp_path / "run")],
+            [row[name] for row in read_metrics(workdir)],
             rtol=1e-5,
         )
 
@@ -186,11 +182,11 @@ def test_a_run_goes_on_with_what_may_change(undisturbed, planted_store, tmp_path
 
 def test_a_finished_run_is_left_as_it_is(undisturbed, planted_store):
     workdir, expected = undisturbed
-    before = _metrics(workdir)
+    before = read_metrics(workdir)
     config = synthetic.make_config(planted_store, mesh=ONE)
     final = jax.device_get(loop.train(config, workdir))
     jax.tree.map(np.testing.assert_array_equal, final, expected)
-    assert _metrics(workdir) == before
+    assert read_metrics(workdir) == before
 
 
 def test_a_run_is_not_continued_with_another_config(undisturbed, planted_store):
@@ -290,7 +286,7 @@ def test_a_run_can_be_made_longer(undisturbed, planted_store, tmp_path):
     config = synthetic.make_config(planted_store, mesh=ONE)
     final = jax.device_get(loop.train(config, tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, final, expected)
-    assert _metrics(tmp_path / "run") == _metrics(workdir)
+    assert read_metrics(tmp_path / "run") == read_metrics(workdir)
 
 
 def test_steps_to_profile_are_checked_before_the_run(planted_store, tmp_path):
