@@ -27,6 +27,7 @@ FLOORS = (
     ),
     (
         "mesh",
+        "checksum",
         "store",
         "mirror",
         "normalize",

@@ -1,19 +1,14 @@
-"""What tells one SAE from another, and one file from another.
-
-The bits of all weights, each times a number that depends on its place, are summed as
-whole numbers modulo 2^32: alike in every order of summing, so on every mesh.
-"""
+"""What tells one SAE from another, on every mesh, and one file from another."""
 
 import hashlib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.sharding import NamedSharding
 
+from sae_jax.checksum import sum_bits
 from sae_jax.evals.context import Sae
-
-_FIRST, _SECOND = 0x9E3779B1, 0x85EBCA77  # odd, with bits all over
 
 
 def identify(sae: Sae) -> str:
@@ -30,12 +25,8 @@ def identify_file(path: str | Path) -> str:
 
 @jax.jit
 def _sum_bits(sae: Sae) -> dict[str, jax.Array]:
-    return {name: _sum(weight) for name, weight in sae.weights()[0].items()}
-
-
-def _sum(weight: jax.Array) -> jax.Array:
-    bits = lax.bitcast_convert_type(weight.astype(jnp.float32), jnp.uint32)
-    bits = bits.reshape(bits.shape[0] if bits.ndim else 1, -1)
-    rows, columns = (lax.broadcasted_iota(jnp.uint32, bits.shape, i) for i in (0, 1))
-    factors = (rows * jnp.uint32(_FIRST) + columns * jnp.uint32(_SECOND)) | 1
-    return jnp.sum(bits * factors, dtype=jnp.uint32)
+    weights, specs = sae.weights()
+    return {
+        name: sum_bits(weight.astype(jnp.float32), NamedSharding(sae.mesh, specs[name]))
+        for name, weight in weights.items()
+    }
