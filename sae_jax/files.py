@@ -15,6 +15,7 @@ from typing import Self
 LOCK_FILE = ".lock"
 PARTIAL = ".partial"  # ends the name of a file that is being written
 _MB = 10**6
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # or no more for this user
 _NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 # Some network file systems have no locks; there nobody is kept out.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
@@ -34,6 +35,16 @@ def write_whole(path: str | Path, data: bytes | str) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether there was no room for what was to be written."""
+    return _has_number(error, _DISK_FULL)
+
+
+def has_no_right(error: BaseException) -> bool:
+    """Whether the file may not be read or written."""
+    return _has_number(error, _NO_RIGHT)
 
 
 def check_space(path: str | Path, needed_bytes: int, what: str, cure: str) -> None:
@@ -60,7 +71,7 @@ def make_writable(path: str | Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        if error.errno not in _NO_RIGHT:
+        if not has_no_right(error):
             raise
         raise PermissionError(
             error.errno,
@@ -100,3 +111,10 @@ def lock_folder(path: str | Path, part: int = 0) -> FolderLock:
         if error.errno not in _NO_LOCKS:
             raise
     return lock
+
+
+def _has_number(error: BaseException, numbers: tuple[int, ...]) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in numbers
+    # tensorstore gives the number in its text.
+    return any(f"os_error_code='{number}'" in str(error) for number in numbers)

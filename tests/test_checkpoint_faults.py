@@ -15,6 +15,7 @@ import pods
 import pytest
 import synthetic
 from pods import leaves, read_metrics, read_state
+from test_checkpoint import flip_bit
 
 from sae_jax import loop, run
 from sae_jax.config import MeshConfig
@@ -150,6 +151,17 @@ def test_a_disk_that_fills_up_loses_nothing(planted_store, tmp_path, monkeypatch
     loop.train(config, tmp_path / "run")
     loop.train(config, tmp_path / "other")
     assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "other")
+
+
+def test_a_damaged_step_is_refused_until_it_is_deleted(planted_store, tmp_path):
+    config = synthetic.make_config(planted_store, mesh=ONE, checkpoints_kept=2)
+    state = jax.device_get(loop.train(config, tmp_path / "run"))
+    step = tmp_path / "run" / "checkpoints" / "24"
+    flip_bit(step, "optimizer", state.optimizer.nu["w_dec_ld"][0])
+    with pytest.raises(ValueError, match=f"delete {step} to go on from step 16"):
+        loop.train(config, tmp_path / "run")
+    shutil.rmtree(step)
+    assert_same(jax.device_get(loop.train(config, tmp_path / "run")), state)
 
 
 def test_a_folder_without_rights_is_told_before_training(planted_store, tmp_path):

@@ -9,7 +9,13 @@ import sys
 
 import pytest
 
-from sae_jax.files import check_space, lock_folder, write_whole
+from sae_jax.files import (
+    check_space,
+    has_no_right,
+    is_full_disk,
+    lock_folder,
+    write_whole,
+)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -33,6 +39,18 @@ def test_space_is_that_of_the_nearest_folder_there(tmp_path):
     assert error.value.errno == errno.ENOSPC
     assert f"the disk of {str(path)!r} has" in error.value.strerror
     assert "\n" not in error.value.strerror and not path.parent.exists()
+
+
+def test_tensorstore_says_what_keeps_it_from_writing():
+    full = "RESOURCE_EXHAUSTED: Error writing local file [os_error_code='28']"
+    denied = "PERMISSION_DENIED: Error writing local file [os_error_code='13']"
+    assert is_full_disk(ValueError(full)) and not has_no_right(ValueError(full))
+    assert has_no_right(ValueError(denied)) and not is_full_disk(ValueError(denied))
+    assert not is_full_disk(ValueError("[os_error_code='2']"))
+    # No room, no more for this user, no larger file.
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        assert is_full_disk(OSError(number, ""))
+    assert has_no_right(PermissionError(errno.EACCES, ""))
 
 
 def test_a_lock_ends_when_closed_or_dropped(tmp_path):

@@ -1,20 +1,11 @@
 """Where stores lie: addresses, services, and what these say."""
 
-import errno
 import os
 
 import pytest
 
 from sae_jax.store import Folder
 from sae_jax.store import folder as folders
-
-
-def test_tensorstore_says_that_a_disk_is_full():
-    text = "RESOURCE_EXHAUSTED: Error writing local file [os_error_code='28']"
-    assert folders.is_full_disk(ValueError(text))
-    assert not folders.is_full_disk(ValueError("[os_error_code='2']"))
-    for number in (errno.ENOSPC, errno.EDQUOT):  # no room, or no more for this user
-        assert folders.is_full_disk(OSError(number, ""))
 
 
 @pytest.mark.parametrize(

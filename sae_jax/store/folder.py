@@ -22,6 +22,8 @@ from typing import Any, NoReturn
 
 import tensorstore as ts
 
+from sae_jax.files import is_full_disk
+
 _URL = re.compile(r"(file|gs|s3)://(.*)", re.DOTALL)
 # pathlib makes one slash of the two.
 _ANY_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
@@ -35,7 +37,6 @@ _DENIED = re.compile(
     "<Code>(ExpiredToken|InvalidToken|TokenRefreshRequired)</Code>"  # S3: 400
 )
 _READS_AHEAD = 64  # of small files: a bucket takes some 50 ms for each
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Folder:
@@ -174,13 +175,6 @@ def raise_unless_data(folder: Folder, error: Exception) -> None:
         raise FileNotFoundError(
             errno.ENOENT, f"{folder}: there is no such bucket: make it, or give another"
         ) from error
-
-
-def is_full_disk(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in _DISK_FULL
-    # tensorstore gives the number in its text.
-    return any(f"os_error_code='{number}'" in str(error) for number in _DISK_FULL)
 
 
 def _normalise(url: str) -> str:

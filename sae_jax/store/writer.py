@@ -24,10 +24,10 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from sae_jax.files import check_space, lock_folder
+from sae_jax.files import check_space, is_full_disk, lock_folder
 from sae_jax.store import statistics
 from sae_jax.store.begin import choose_manifest
-from sae_jax.store.folder import Folder, is_full_disk, raise_plainly
+from sae_jax.store.folder import Folder, raise_plainly
 from sae_jax.store.layout import (
     DOCUMENTS,
     MANIFEST,
