@@ -6,11 +6,11 @@ drops what an earlier life wrote after s, so every step stands in the file once.
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from sae_jax.files import write_whole
+from sae_jax.files import is_full_disk, write_whole
 
 Scalars = Mapping[str, float]
 
@@ -28,15 +28,32 @@ class JsonLinesWriter:
 
     def __init__(self, path: str | Path, start_step: int = 0):
         self._path = Path(path)
-        _drop_lines_after(self._path, start_step)
-        self._file = open(self._path, "a", encoding="utf-8")
+        with self._failure_in_one_line():
+            _drop_lines_after(self._path, start_step)
+            self._file = open(self._path, "a", encoding="utf-8")
 
     def write(self, step: int, scalars: Scalars) -> None:
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._file.flush()
+        with self._failure_in_one_line():
+            self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with self._failure_in_one_line():  # what could not be written is tried again
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _failure_in_one_line(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            is_full = is_full_disk(error)
+            cause = "the disk is full" if is_full else error.strerror
+            raise OSError(
+                error.errno,
+                f"{self._path} could not be written ({cause}): "
+                f"{'make room' if is_full else 'see to that'}, and run the same "
+                "command again; it goes on from the last whole checkpoint",
+            ) from error
 
 
 class TensorBoardWriter:
@@ -57,9 +74,12 @@ class TensorBoardWriter:
 
     def close(self) -> None:
         # A full disk must not hide the error that ended the run: the JSON lines are
-        # the record, these events a view of it.
-        with contextlib.suppress(OSError):
+        # the record, these events a view of it. Nor is it to be tried again at exit.
+        events = self._writer.file_writer.event_writer
+        try:
             self._writer.close()
+        except OSError:
+            events._closed = True
 
 
 class MemoryWriter:
@@ -86,8 +106,9 @@ class Writers:
             writer.write(step, scalars)
 
     def close(self) -> None:
-        for writer in self._writers:
-            writer.close()
+        with contextlib.ExitStack() as stack:  # all of them, also if one fails
+            for writer in self._writers:
+                stack.callback(writer.close)
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, float]]:

@@ -1,6 +1,10 @@
 """Metric writers."""
 
+import errno
 import json
+from pathlib import Path
+
+import pytest
 
 from sae_jax import writers
 
@@ -36,6 +40,20 @@ def test_several_writers_get_the_same(tmp_path):
     both.write(4, {"loss": 1.0})
     both.close()
     assert one.rows == two.rows == [{"step": 4, "loss": 1.0}]
+
+
+def test_a_full_disk_is_told_with_file_and_cure():
+    writer = writers.JsonLinesWriter.__new__(writers.JsonLinesWriter)
+    writer._path, writer._file = Path("run/metrics.jsonl"), open("/dev/full", "w")
+    message = "run/metrics.jsonl could not be written .the disk is full.: make room, "
+    memory = writers.MemoryWriter()
+    memory.close = lambda: memory.rows.append("closed")
+    both = writers.Writers([memory, writer])
+    for action in (lambda: writer.write(1, {"loss": 1.0}), both.close):
+        with pytest.raises(OSError, match=message) as caught:
+            action()
+        assert caught.value.errno == errno.ENOSPC
+    assert memory.rows == ["closed"]
 
 
 def test_tensorboard_writes_an_event_file(tmp_path):

@@ -9,8 +9,9 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
+from types import TracebackType
 
-from absl import flags
+from absl import flags, logging
 
 from sae_jax import exits
 from sae_jax.config import TrainConfig, settings_of
@@ -58,6 +59,24 @@ def in_one_line(program: str) -> Iterator[None]:
         else:
             print(f"{program}: {_message(error, program)}", file=sys.stderr)
         sys.exit(_status(error))
+
+
+def quiet_libraries() -> None:
+    """Keeps tracebacks off stderr that only accompany an error that is raised.
+
+    Orbax logs what it will raise, up to four times; and where it gives up a save,
+    tensorstore's threads have no event loop to tell of theirs.
+    """
+    logging.get_absl_handler().addFilter(lambda record: not record.exc_info)
+    show = sys.excepthook
+
+    def show_other(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        if str(error) != "Event loop is closed":
+            show(kind, error, trace)
+
+    sys.excepthook = show_other
 
 
 def check_config(found: object) -> TrainConfig:

@@ -37,6 +37,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         raise errors.misuse(error, argv) from error
     # Left at its default of warnings, absl.app would raise the verbosity to INFO.
     flags.FLAGS["verbosity"].using_default_value = False
+    if flags.FLAGS.verbosity < 1:
+        errors.quiet_libraries()
     if _CPU_DEVICES.value is not None:
         # The threads of the CPU client, as in `sae_jax.cli.main`.
         n_threads = max(int(os.environ.get("NPROC", 1)), _CPU_DEVICES.value)

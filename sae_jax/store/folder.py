@@ -154,7 +154,11 @@ def raise_unless_data(folder: Folder, error: Exception) -> None:
     not the data. An OSError of a folder says so already."""
     text = " ".join(str(error).split())
     if is_full_disk(error):
-        raise OSError(errno.ENOSPC, f"the disk of {str(folder)!r} is full") from error
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk of {str(folder)!r} is full: make room, and run the same command "
+            "again",
+        ) from error
     if isinstance(error, OSError):
         raise error
     if not folder.is_local and _UNREACHABLE.search(text):
