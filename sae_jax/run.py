@@ -24,6 +24,9 @@ WEIGHTS = ("ema", "raw")
 def load(path: str | Path, mesh: Mesh | None = None, weights: str = "ema") -> Sae:
     """A trained SAE, ready to `encode` and `decode`.
 
+    Only its parameters are read. While one CPU does that it holds up to 1.75 times
+    their size: the larger matrices are copied from the reader's memory to the device's.
+
     Args:
         path: a run folder (its last checkpoint), or `run/checkpoints/<step>`; on a
             disk, or at gs:// or s3://.
@@ -32,6 +35,7 @@ def load(path: str | Path, mesh: Mesh | None = None, weights: str = "ema") -> Sa
 
     Raises:
         FileNotFoundError: there is no checkpoint at `path`.
+        ValueError: it is damaged; names what to delete.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights = {weights!r}: {nearest_name(weights, WEIGHTS)}")

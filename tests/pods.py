@@ -48,7 +48,7 @@ class Pod:
         the last one has `own_arguments` as well. All begin with `code`."""
         config = workdir.parent / f"{workdir.name}.py"
         made = importlib.import_module(module).make_config(str(data), rows=rows)
-        config.write_text(CONFIG.format(text=to_json(made)))
+        write_config(config, made)
         self.workdir, self.n_processes = workdir, n_processes
         common = [
             *(sys.executable, "-c", f"{code}\n{_RUN}", "train"),
@@ -137,6 +137,11 @@ def make_environ() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(folders),
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }
+
+
+def write_config(path, config):
+    """A file for --config."""
+    path.write_text(CONFIG.format(text=to_json(config)))
 
 
 def read_metrics(workdir):

@@ -103,7 +103,8 @@ def flip_bit(step, item, row):
     for path in (step / item).rglob("*"):
         data = path.read_bytes() if path.is_file() else b""
         if (place := data.find(row.tobytes())) >= 0:
-            path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+            changed = bytes([data[place] ^ 1])
+            path.write_bytes(data[:place] + changed + data[place + 1 :])
             n_found += 1
     assert n_found
 

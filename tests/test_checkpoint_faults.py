@@ -2,11 +2,15 @@
 that go on elsewhere than they began."""
 
 import contextlib
+import dataclasses
 import errno
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -17,8 +21,11 @@ import synthetic
 from pods import leaves, read_metrics, read_state
 from test_checkpoint import flip_bit
 
-from sae_jax import loop, run
+from sae_jax import loop, run, state
+from sae_jax.checkpoint import Checkpoints
 from sae_jax.config import MeshConfig
+from sae_jax.mesh import make_mesh
+from sae_jax.store import open_store
 
 ONE = MeshConfig(1, 1)
 OFTEN = ("--peer_timeout_secs=5", "--config.mesh.data=2")
@@ -26,10 +33,36 @@ EVERY = 2  # steps
 SAVES = (
     *OFTEN,
     f"--config.checkpoint_every_steps={EVERY}",
-    "--config.checkpoints_kept=1000",
     "--config.sae.n_latents=4096",  # some megabytes
     "--config.mesh.latent=1",
 )
+# `sae-jax` on a disk that has no room for a file of so many bytes.
+LIMITED = """
+import resource, signal, sys
+limit = int(sys.argv.pop(1))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+from sae_jax.cli import run
+run()
+"""
+# The most that is held while an SAE is loaded, and the bytes of its parameters.
+LOADING = """
+import sys
+import jax
+from sae_jax import run
+
+def read(name):
+    with open("/proc/self/status") as status:
+        (line,) = (line for line in status if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+run.load(f"{sys.argv[1]}/small", weights=sys.argv[2])
+before = read("VmRSS")
+sae = run.load(f"{sys.argv[1]}/large", weights=sys.argv[2])
+weights, _ = sae.weights()
+jax.block_until_ready(weights)
+print(read("VmHWM") - before, sum(weight.nbytes for weight in weights.values()))
+"""
 
 
 def train(store, workdir, shape, n_steps):
@@ -46,6 +79,27 @@ def saved(planted_store, tmp_path_factory):
     with pods.Pod(workdir, planted_store, 2, 4, *OFTEN) as pod:
         assert pod.wait() == [0, 0], pod.tell(0)
     return workdir
+
+
+@pytest.fixture(scope="module")
+def sizes(planted_store, tmp_path_factory):
+    """Run folders of an SAE of 16 KiB and one of 128 MiB, saved from four devices."""
+    mesh, path = make_mesh(MeshConfig(1, 4)), tmp_path_factory.mktemp("sizes")
+    setup = synthetic.make_setup(
+        synthetic.make_config(), mesh, open_store(planted_store)
+    )
+    for name, n_latents, d_model in (("small", 128, 16), ("large", 2**14, 2**10)):
+        sae = dataclasses.replace(
+            setup.config.sae, n_latents=n_latents, d_model=d_model
+        )
+        config = dataclasses.replace(setup.config, sae=sae)
+        setup = dataclasses.replace(setup, config=config)
+        sample_bd = np.random.default_rng(0).normal(size=(64, d_model))
+        made = state.create(setup, sample_bd.astype(np.float32))
+        checkpoints = Checkpoints(path / name)
+        checkpoints.save(1, made, setup)
+        checkpoints.close()
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +138,17 @@ def test_kills_while_saving_lose_and_mix_nothing(
 ):
     workdir, whole, rng = tmp_path / "run", tmp_path / "whole", random.Random(n_kills)
 
-    def start(workdir):
-        return pods.Pod(workdir, planted_store, 2, 1, *SAVES, rows=n_steps * 64)
+    def start(workdir, kept):
+        saves = (*SAVES, f"--config.checkpoints_kept={kept}")
+        return pods.Pod(workdir, planted_store, 2, 1, *saves, rows=n_steps * 64)
 
-    with start(whole) as pod:
+    with start(whole, n_steps) as pod:
         assert pod.wait() == [0, 0], pod.tell(0)
     assert find_steps(whole) == list(range(EVERY, n_steps + 1, EVERY))
     torn = last = n_done = 0
     while n_done < n_kills or not torn:  # a kill may come when all is written
         stale = find_unfinished(workdir)
-        with start(workdir) as pod:
+        with start(workdir, 1 + n_done % 2) as pod:  # older steps are deleted meanwhile
             wait_for_save(pod, stale, rng)
             victims = [0, 1] if n_done % 2 else [rng.randrange(2)]
             for victim in victims:
@@ -108,8 +163,9 @@ def test_kills_while_saving_lose_and_mix_nothing(
         assert max(steps, default=0) >= last
         last = max(steps, default=0)
         n_done += 1
-    with start(workdir) as pod:
+    with start(workdir, 1) as pod:
         assert pod.wait() == [0, 0], pod.tell(0)
+    assert find_steps(workdir) == [n_steps]
     assert_same(read_all(workdir, n_steps), read_all(whole, n_steps))
     assert not find_unfinished(workdir)
 
@@ -153,6 +209,36 @@ def test_a_disk_that_fills_up_loses_nothing(planted_store, tmp_path, monkeypatch
     assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "other")
 
 
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("checkpoints", "checkpoints: a checkpoint could not be .*from step 8, which"),
+        ("metrics", "metrics.jsonl could not be written .*the last whole checkpoint"),
+    ],
+)
+def test_a_disk_that_is_really_full(what, message, planted_store, tmp_path):
+    workdir, config = tmp_path / "run", synthetic.make_config(planted_store, mesh=ONE)
+    loop.train(dataclasses.replace(config, rows=8 * 64), workdir)
+    pods.write_config(tmp_path / "config.py", config)
+    metrics = (workdir / "metrics.jsonl").stat().st_size
+    limit = {"checkpoints": 20_000, "metrics": metrics + 100}[what]
+    command = ["train", f"--config={tmp_path / 'config.py'}", f"--workdir={workdir}"]
+    child = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(limit), *command],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    *others, last = child.stderr.splitlines()
+    assert child.returncode == 1 and len(others) < 40, child.stderr
+    assert re.match(f"sae-jax train: {workdir}/{message}", last), child.stderr
+    assert "(the disk is full): make room, and run the same command again; " in last
+    state = loop.train(config, workdir)
+    expected = loop.train(config, tmp_path / "other")
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((state, expected)))
+    assert read_metrics(workdir) == read_metrics(tmp_path / "other")
+
+
 def test_a_damaged_step_is_refused_until_it_is_deleted(planted_store, tmp_path):
     config = synthetic.make_config(planted_store, mesh=ONE, checkpoints_kept=2)
     state = jax.device_get(loop.train(config, tmp_path / "run"))
@@ -184,6 +270,21 @@ def test_inference_reads_one_item_alone(weights, item, saved, tmp_path):
     found = run.load(tmp_path / "run", weights=weights).w_dec_ld[...]
     np.testing.assert_array_equal(found, expected)
     assert found.devices() == {jax.devices()[0]}
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+def test_loading_holds_little_more_than_the_parameters(weights, sizes):
+    """On a CPU, where Orbax's copy on the host lies beside that of the device."""
+    child = subprocess.run(
+        [sys.executable, "-c", LOADING, str(sizes), weights],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    held, size = map(int, child.stdout.split())
+    assert size > 128 * 2**20
+    assert held <= 1.75 * size, held / size
 
 
 def find_steps(workdir):
