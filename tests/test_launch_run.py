@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import synthetic
 from launching import LAUNCH, find_port
-from pods import CONFIG, TRAIN, leaves, read_metrics, read_state
+from pods import TRAIN, leaves, read_metrics, read_state, write_config
 
-from sae_jax.config import to_json
 
 _START = r"\btrain: .*, from step (\d+) to "
 
@@ -29,7 +28,7 @@ class Launched:
         """`place` is what train is told of one that is started alone."""
         folder.mkdir(exist_ok=True)
         config = synthetic.make_config(store, rows=n_steps * 64)
-        (folder / "c.py").write_text(CONFIG.format(text=to_json(config)))
+        write_config(folder / "c.py", config)
         self.workdir = folder / "run"
         host = "".join(place[-1:])
         self._out, self._err = folder / f"out{host}", folder / f"err{host}"

@@ -18,7 +18,6 @@ from s3_server import Server, bucket, server, set_environment  # noqa: F401
 from test_harvest import run_harvest
 from test_store_remote import read_all
 
-from sae_jax.config import to_json
 from sae_jax.exits import PEER_LOST
 from sae_jax.loop import train
 from sae_jax.store import Folder, StoreWriter, open_store
@@ -182,7 +181,7 @@ def test_a_server_that_is_killed_in_mid_run(tmp_path, monkeypatch, capsys):
 def start_held(config, workdir, path):
     """The run as a command, which stops at step 20 until it is told to go on."""
     file = path / "config.py"
-    file.write_text(pods.CONFIG.format(text=to_json(config)))
+    pods.write_config(file, config)
     return subprocess.Popen(
         [
             *(sys.executable, "-c", _HELD, "train"),
