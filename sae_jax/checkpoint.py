@@ -81,7 +81,7 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=kept, cleanup_tmp_directories=True
             )
-        directory = self._folder.path.absolute()
+        directory = self._folder.path.resolve()
         # Floats hardly shrink: to compress them is most of the time of a save.
         arrays = {n: ocp.PyTreeCheckpointHandler(use_compression=False) for n in _ITEMS}
         handlers = arrays | {"meta": ocp.JsonCheckpointHandler()}

@@ -21,6 +21,14 @@ def test_addresses_that_are_no_folder(url, message):
         Folder(url)
 
 
+def test_a_path_may_go_up(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Folder("../there").write("file", b"text")
+    assert Folder(tmp_path / "here" / ".." / "there").read("file") == b"text"
+    assert (tmp_path / "there" / "file").read_bytes() == b"text"
+
+
 @pytest.mark.parametrize(
     "text, expected, message",
     [

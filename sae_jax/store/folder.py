@@ -66,7 +66,7 @@ class Folder:
     def kvstore(self, name: str = "") -> dict[str, Any]:
         """tensorstore's spec of the folder `name` below this one."""
         if self.is_local:
-            path = str(self.path.absolute() / name)
+            path = str(self.path.resolve() / name)  # tensorstore refuses ..
             return {"driver": "file", "path": path.rstrip("/") + "/"}
         scheme, rest = self.url.split("://", 1)
         bucket, _, path = f"{rest.rstrip('/')}/{name}".partition("/")

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class Store:
 
     def __init__(self, folder: Folder, manifest: Manifest):
         # Absolute, so that a run can be evaluated from any folder.
-        self.path = str(folder.path.absolute()) if folder.is_local else str(folder)
+        self.path = os.path.abspath(folder.path) if folder.is_local else str(folder)
         self.manifest = manifest
         self._folder = folder
         self._text = Text(folder, manifest)
