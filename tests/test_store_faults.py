@@ -56,6 +56,30 @@ def test_a_deleted_or_short_shard_is_named_on_open(store, path):
     open_store(path)
 
 
+@pytest.mark.parametrize(
+    "name, cure",
+    [("acts/mlp_act.1", "delete it, .* makes it anew"), ("tokens", "restore the file")],
+)
+def test_damaged_metadata_is_one_line_with_its_cure(store, path, name, cure):
+    file = path / name / "zarr.json"
+    contents = file.read_bytes()
+    for damage in (contents[:-20], contents.replace(b"int32", b"int16"), b"", None):
+        file.unlink() if damage is None else file.write_bytes(damage)
+        if damage == contents:
+            continue
+        with pytest.raises(ValueError, match=f"{file}: .*; {cure}") as error:
+            open_store(path).read_tokens([0])
+        assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_a_store_without_its_manifest_is_not_written_anew(store, path, tmp_path):
+    (path / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match="is missing; restore the file, or "):
+        open_store(path)
+    with pytest.raises(FileNotFoundError, match="is missing; write one with sae-jax"):
+        open_store(tmp_path)
+
+
 @pytest.mark.parametrize("place", [0, 1000, -1])
 def test_a_flipped_byte_is_an_error_that_names_the_file(store, path, place):
     for name in ("acts/mlp_act.1", "tokens", "documents", "positions"):

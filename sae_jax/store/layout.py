@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from sae_jax.store.folder import Folder, raise_plainly, raise_unless_data
+from sae_jax.store.folder import Folder, raise_unless_data
 
 VERSION = 2
 SPLITS = ("train", "heldout")
@@ -130,7 +130,12 @@ class ArrayLayout:
         try:
             return opened.result()
         except (ValueError, OSError) as error:
-            raise_plainly(folder, error)
+            raise_unless_data(folder, error)
+            file = f"{self.name}/zarr.json"
+            raise ValueError(
+                f"damaged store: {folder.name_file(file)}: {tell_damage(error)}; "
+                f"{tell_cure(file)}"
+            ) from error
 
     def shard_file(self, shard: int) -> str:
         """The name of a shard's file in the store."""
@@ -312,8 +317,10 @@ def read_manifest(folder: Folder) -> Manifest:
     """The manifest of a store, which may still be incomplete."""
     manifest = find_manifest(folder)
     if manifest is None:
+        cure = f"write one with sae-jax harvest --out={folder}"
+        if folder.list(_RECORDS):
+            cure = CURE
         raise FileNotFoundError(
-            f"no store at {str(folder)!r}: {MANIFEST} is missing; write one with "
-            f"sae-jax harvest --out={folder}"
+            f"no store at {str(folder)!r}: {MANIFEST} is missing; {cure}"
         )
     return manifest
