@@ -33,7 +33,7 @@ def describe(
         f"{feed}, "
         f"mesh {shape[DATA]} x {shape[LATENT]} "
         f"(data x latent, {why}), from step {start:,} to {config.n_steps:,} of "
-        f"{config.data.batch_rows:,} rows each"
+        f"{config.data.batch_rows:,} rows each, {feed.epochs(config.rows):.3g} epochs"
     )
     if config.sae.architecture == "topk":
         k = configs.most_chosen(config.sae)

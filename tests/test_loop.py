@@ -100,7 +100,8 @@ def test_a_run_tells_what_it_is_and_what_else_is_set(planted_store, tmp_path, ca
     loop.train(config, tmp_path)
     first, _, further = capsys.readouterr().err.splitlines()[:3]
     assert first.startswith("train: topk, 128 latents, k 3, resid_post.3 of ")
-    assert "from step 0 to 1 of 64 rows each" in first
+    n_rows = open_store(planted_store).rows("train")
+    assert f"from step 0 to 1 of 64 rows each, {64 / n_rows:.3g} epochs" in first
     assert first.endswith("100.00% of the 3 largest expected by sorting")
     assert further == (
         "train: sae.aux_coefficient = 0.0, sae.prefixes = (32, 128), "

@@ -54,6 +54,10 @@ class Feed(Protocol):
     def describe(self) -> str:
         """How batches are mixed, one line."""
 
+    def epochs(self, n_rows: int) -> float:
+        """How often so many rows go through it; of several sources, through the one
+        that is gone through most."""
+
     def statistics(self) -> Statistics:
         """Of all its rows."""
 
@@ -124,6 +128,13 @@ class StoreFeed:
             return expected  # each row of a batch may be a read or a request
         mixing = measure_mixing(self._sources, self.data, orders, _MEASURED_STEPS)
         return f"{expected}; measured: {mixing}"
+
+    def epochs(self, n_rows: int) -> float:
+        lane_rows = n_rows / self.data.lanes
+        return max(
+            len(source.lanes) * lane_rows / source.store.rows("train")
+            for source in self._sources
+        )
 
     def statistics(self) -> Statistics:
         return mix_statistics(self._sources)

@@ -98,6 +98,9 @@ class Stream:
             "a device hold the window"
         )
 
+    def epochs(self, n_rows: int) -> float:
+        return n_rows / (len(self._sequences) * self._rows)
+
     def statistics(self) -> Statistics:
         """Of some rows, the same for all runs with this seed; kept beside the text."""
         name = f"statistics/{self.site}.npz"
