@@ -128,6 +128,12 @@ def test_between_machines_the_network_carries_a_part_of_what_links_do():
     assert cost.network_seconds == pytest.approx(expected)
 
 
+def test_all_devices_of_one_machine_are_linked():
+    step = Step(make_config(aux_coefficient=0.0), 1, 4, "gpu")
+    four, seven = (estimate(step, parse(f"gpu:{n}xh200")) for n in (4, 7))
+    assert seven.network_seconds == four.network_seconds
+
+
 @pytest.mark.parametrize("point", POINTS)
 def test_the_model_agrees_with_the_cpus_compiler(point):
     mesh_shape, rows, part, sae = POINTS[point]

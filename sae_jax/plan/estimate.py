@@ -131,7 +131,9 @@ def _seconds(step: Step, topology: Topology, axis: str, sent: float) -> float:
         spanned = math.log(n_axis) / math.log(max(step.n_data * step.n_latent, 2))
         return sent / (link * spanned)
     inside = math.gcd(n_axis, chip.chips_per_host)
-    if axis == DATA:  # latents have the neighbours
+    if topology.n_hosts == 1:
+        inside = n_axis
+    elif axis == DATA:  # latents have the neighbours
         inside = math.gcd(n_axis, max(1, chip.chips_per_host // step.n_latent))
     whole = sent * n_axis / (n_axis - 1)  # 2 N, or N of an all-gather
     seconds = whole * (inside - 1) / inside / link
