@@ -12,6 +12,7 @@ Without --data and --latent a run's own choice is taken. Flags override --config
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from sae_jax.cli.errors import Misuse, check_config
 from sae_jax.config import COMPUTE_DTYPES, TrainConfig
 from sae_jax.plan import EFFICIENCY, format_plan, make_plan, parse
 from sae_jax.plan.ask import with_flags
+from sae_jax.plan.compiler import why_not
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "file with get_config(), and --config.FIELD=VALUE overrides"
@@ -56,5 +58,12 @@ def main(argv: Sequence[str]) -> None:
     given |= {"rows": _ROWS.value, "compute_dtype": _DTYPE.value}
     config = check_config(_CONFIG.value) if _CONFIG.value else TrainConfig()
     config = with_flags(config, given)
-    plan = make_plan(config, parse(_TOPOLOGY.value), _COMPILE.value, _EFFICIENCY.value)
+    topology = parse(_TOPOLOGY.value)
+    if _COMPILE.value and config.sae.d_model and why_not(topology) is None:
+        print(
+            f"plan: compiling the step for {topology.name}, which may take minutes; "
+            "--nocompile answers at once",
+            file=sys.stderr,
+        )
+    plan = make_plan(config, topology, _COMPILE.value, _EFFICIENCY.value)
     print(json.dumps(plan.to_json(), indent=2) if _JSON.value else format_plan(plan))

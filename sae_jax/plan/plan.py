@@ -115,7 +115,7 @@ def make_plan(
         raise ValueError(f"efficiency = {efficiency}: must be above 0, at most 1")
     found = choose(config, topology)
     chosen, *others = found
-    reason = why_not(topology) if is_compiled else "not asked to"
+    reason = why_not(topology) if is_compiled else "--nocompile"
     compiled = None if reason else compile_step(config, topology, chosen.shape)
     fits = compiled.fits if compiled else chosen.fits
     smaller = None if fits else limits.smallest(config, topology)
