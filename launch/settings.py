@@ -71,8 +71,10 @@ def run(main: Callable[[list[str], list[str]], int]) -> None:
         variables()
         sys.exit(main(words, arguments))
     except (flags.Error, ValueError, OSError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        print(f"{program}: {lines[0]}", file=sys.stderr)
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, flags.UnrecognizedFlagError):
+            line += "; flags of sae-jax train come behind --"
+        print(f"{program}: {line}", file=sys.stderr)
         sys.exit(FAILED if isinstance(error, OSError) else MISUSED)
 
 
@@ -155,7 +157,12 @@ def execute(*commands: Sequence[str], text: str | None = None) -> int:
             print(show(command) if text is None else text.rstrip())
             continue
         print(f"+ {show(command)}", file=sys.stderr)
-        status = subprocess.run(command, input=text, text=True).returncode
+        try:
+            status = subprocess.run(command, input=text, text=True).returncode
+        except FileNotFoundError as error:
+            raise OSError(
+                f"{command[0]} is not on PATH: install it, or run this where it is"
+            ) from error
         if status:
             return status if status > 0 else 128 - status
     return 0

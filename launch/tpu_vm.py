@@ -18,6 +18,8 @@ and --zone, gcloud's own settings count.
 Several hosts need ssh-agent: `ssh-add ~/.ssh/google_compute_engine` first.
 """
 
+import sys
+
 import settings
 from absl import flags
 from slices import ACCELERATOR, SPOT, read_slice
@@ -109,6 +111,12 @@ def _start(arguments: list[str]) -> int:
         raise ValueError(
             f"--workdir={workdir} would be another folder on each of {n_hosts} hosts: "
             "give gs://BUCKET/FOLDER, or a path that all of them have mounted"
+        )
+    if n_hosts > 1 and not settings.REMOTE.match(workdir):
+        print(
+            f"--workdir={workdir} must be one folder that all {n_hosts} hosts have "
+            "mounted",
+            file=sys.stderr,
         )
     command = settings.show([
         *(".venv/bin/python", "launch/local.py"),

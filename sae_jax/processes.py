@@ -135,6 +135,13 @@ def meet(name: str) -> None:
 def _meet_all(cluster: Cluster) -> None:
     if cluster.process == 0 and cluster.coordinator:
         _check_port(cluster.coordinator)
+    if cluster.coordinator:
+        print(
+            f"sae-jax: process {cluster.process} of {cluster.n_processes} meets the "
+            f"others at {cluster.coordinator}, and waits for them up to "
+            f"{cluster.start_timeout_secs} s",
+            file=sys.stderr,
+        )
     try:
         jax.distributed.initialize(
             coordinator_address=cluster.coordinator,

@@ -63,6 +63,7 @@ REFUSED = [
     (("local", "--name=A", *train("w")), 2, "--name=A: give 1 to 40 lower-case"),
     (("local", "--env=A", *train("w")), 2, "--env=A: give --env=NAME=VALUE"),
     (("local", "--max_restart=1", *train("w")), 2, "Did you mean: max_restarts"),
+    (("local", "--config=c.py"), 2, "'config'; flags of sae-jax train come behind --"),
     (("local", "--n_processes=0", *train("w")), 2, "--n_processes=0"),
     (("local", "run", *train("w")), 2, "unexpected 'run'"),
     (("local", "--program=no-such", *train("w")), 1, "no program 'no-such'"),
