@@ -5,11 +5,13 @@ With --verbosity=1 the traceback is shown instead; the exit code is the same.
 
 import contextlib
 import difflib
+import inspect
 import re
 import sys
 import traceback
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Any
 
 from absl import flags, logging
 
@@ -77,6 +79,13 @@ def quiet_libraries() -> None:
             show(kind, error, trace)
 
     sys.excepthook = show_other
+    tell = sys.unraisablehook
+
+    def tell_other(unraisable: Any) -> None:
+        if not inspect.iscoroutine(unraisable.object):
+            tell(unraisable)
+
+    sys.unraisablehook = tell_other
 
 
 def check_config(found: object) -> TrainConfig:
