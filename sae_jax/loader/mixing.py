@@ -76,7 +76,7 @@ def describe_mixing(
 ) -> str:
     """One line for the start of training, from the sizes alone."""
     batch, uniform = expect_sequences(orders, data, lengths)
-    windows = ", ".join(f"{order.most_rounds * order.n_lanes:,}" for order in orders)
+    windows = " and ".join(f"{order.most_rounds * order.n_lanes:,}" for order in orders)
     return (
         f"a batch of {data.batch_rows:,} rows is drawn from a window of {windows} "
         f"chunks and has some {batch:,.0f} sequences, {min(1, batch / uniform):.1%} of "

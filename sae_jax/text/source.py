@@ -119,8 +119,8 @@ def take_text(record: Any, text_field: str, where: str) -> str:
         )
     if text_field not in record:
         raise ValueError(
-            f"{where} has no field {text_field!r}: name one of its fields with "
-            f"--text_field: {show_names(record)}"
+            f"{where} has no field {text_field!r}: leave it out, or name one of its "
+            f"fields with --text_field: {show_names(record)}"
         )
     return check_text(record[text_field], text_field, where)
 
