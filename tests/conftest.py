@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test, and the fixtures that many share."""
 
+import collections
 import os
 import shutil
 import tempfile
@@ -25,6 +26,15 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 
 MESHES = [(1, 1), (1, 8), (2, 4), (8, 1)]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, then those with many: a long one that began
+    last would leave the other cores with nothing to do."""
+    paths = collections.Counter(item.path for item in items)
+    slow = collections.Counter(i.path for i in items if i.get_closest_marker("slow"))
+    items.sort(key=lambda item: (-slow[item.path], -paths[item.path]))
 
 
 def pytest_unconfigure():

@@ -27,9 +27,10 @@ failed=''
 "$venv/bin/python" -m flake8 || failed="$failed flake8"
 "$venv/bin/python" -m mypy || failed="$failed mypy"
 # A process for each core, for most of the time goes into compiling, on one; four at
-# most, for they take 3 GB each. A file stays in one, with its fixtures.
-"$venv/bin/python" -m pytest -n auto --maxprocesses=4 --dist=loadfile --durations=10 \
-  "$@" || failed="$failed pytest"
+# most, for they take 4 GB each. A file stays in one, with its fixtures, and
+# tests/conftest.py says which come first.
+"$venv/bin/python" -m pytest -n auto --maxprocesses=4 --dist=loadfile \
+  --no-loadscope-reorder --durations=10 "$@" || failed="$failed pytest"
 if [ -n "$failed" ]; then
   echo "run.sh: failed:$failed" >&2
   exit 1
