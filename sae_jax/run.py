@@ -24,8 +24,8 @@ WEIGHTS = ("ema", "raw")
 def load(path: str | Path, mesh: Mesh | None = None, weights: str = "ema") -> Sae:
     """A trained SAE, ready to `encode` and `decode`.
 
-    Only its parameters are read. While one CPU does that it holds up to 1.75 times
-    their size: the larger matrices are copied from the reader's memory to the device's.
+    Only its parameters are read, which the host holds once while they are copied to
+    the devices. Where these are the CPU's own, that is up to twice their size.
 
     Args:
         path: a run folder (its last checkpoint), or `run/checkpoints/<step>`; on a

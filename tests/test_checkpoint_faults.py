@@ -274,7 +274,9 @@ def test_inference_reads_one_item_alone(weights, item, saved, tmp_path):
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])
 def test_loading_holds_little_more_than_the_parameters(weights, sizes):
-    """On a CPU, where Orbax's copy on the host lies beside that of the device."""
+    """On a CPU Orbax's copy on the host lies beside that of the device: of both large
+    matrices at once, or of one after the other, as its threads run (1.6 to 2.03 seen).
+    A third copy would show."""
     child = subprocess.run(
         [sys.executable, "-c", LOADING, str(sizes), weights],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
@@ -284,7 +286,7 @@ def test_loading_holds_little_more_than_the_parameters(weights, sizes):
     )
     held, size = map(int, child.stdout.split())
     assert size > 128 * 2**20
-    assert held <= 1.75 * size, held / size
+    assert held <= 2.1 * size, held / size
 
 
 def find_steps(workdir):
