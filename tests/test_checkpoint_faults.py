@@ -83,12 +83,12 @@ def saved(planted_store, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sizes(planted_store, tmp_path_factory):
-    """Run folders of an SAE of 16 KiB and one of 128 MiB, saved from four devices."""
+    """Run folders of an SAE of 16 KiB and one of 256 MiB, saved from four devices."""
     mesh, path = make_mesh(MeshConfig(1, 4)), tmp_path_factory.mktemp("sizes")
     setup = synthetic.make_setup(
         synthetic.make_config(), mesh, open_store(planted_store)
     )
-    for name, n_latents, d_model in (("small", 128, 16), ("large", 2**14, 2**10)):
+    for name, n_latents, d_model in (("small", 128, 16), ("large", 2**15, 2**10)):
         sae = dataclasses.replace(
             setup.config.sae, n_latents=n_latents, d_model=d_model
         )
@@ -275,8 +275,8 @@ def test_inference_reads_one_item_alone(weights, item, saved, tmp_path):
 @pytest.mark.parametrize("weights", ["raw", "ema"])
 def test_loading_holds_little_more_than_the_parameters(weights, sizes):
     """On a CPU Orbax's copy on the host lies beside that of the device: of both large
-    matrices at once, or of one after the other, as its threads run (1.6 to 2.03 seen).
-    A third copy would show."""
+    matrices at once, or of one after the other, as its threads run. Compiling takes
+    some tens of MiB; a third copy of a matrix would take 128."""
     child = subprocess.run(
         [sys.executable, "-c", LOADING, str(sizes), weights],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
@@ -285,8 +285,8 @@ def test_loading_holds_little_more_than_the_parameters(weights, sizes):
         check=True,
     )
     held, size = map(int, child.stdout.split())
-    assert size > 128 * 2**20
-    assert held <= 2.1 * size, held / size
+    assert size > 256 * 2**20
+    assert held <= 2 * size + 96 * 2**20, held / size
 
 
 def find_steps(workdir):
