@@ -257,7 +257,7 @@ class _Split:
         room = self._max_bytes - n_contexts * self._context_bytes
         most = room // self._row_bytes  # rows beside so many contexts
         if (is_over := ends > most).any():
-            first = int(is_over.argmax())
+            first = int(np.argmax(is_over))
             rows = int(max(starts[first], most[first]))
             self._quota = min(self._quota, rows - rows % self._rows_per_chunk)
 
