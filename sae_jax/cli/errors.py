@@ -23,6 +23,7 @@ _UNKNOWN_KEYWORD = re.compile(r"unexpected keyword argument '(\w+)'")
 _BAD_NUMBER = re.compile(r"(?:invalid literal|could not convert).*?('[^']*')")
 _NEAR = 1.3  # of 2; below it a field is no likely misspelling of another
 _VERBOSE = re.compile(r"--?(v|verbosity)=[1-9]")
+_CLOSED = "Event loop is closed"
 _OUT_OF_MEMORY = re.compile("RESOURCE_EXHAUSTED|out of memory")  # of jax, of torch
 _CURES = {
     "sae-jax harvest": "lower --batch_contexts or --context_length",
@@ -75,14 +76,15 @@ def quiet_libraries() -> None:
     def show_other(
         kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
-        if str(error) != "Event loop is closed":
+        if str(error) != _CLOSED:
             show(kind, error, trace)
 
     sys.excepthook = show_other
     tell = sys.unraisablehook
 
     def tell_other(unraisable: Any) -> None:
-        if not inspect.iscoroutine(unraisable.object):
+        is_closed = str(unraisable.exc_value) == _CLOSED
+        if not (is_closed or inspect.iscoroutine(unraisable.object)):
             tell(unraisable)
 
     sys.unraisablehook = tell_other
