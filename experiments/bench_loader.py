@@ -16,8 +16,16 @@ use, GB for each CPU second tells more than GB for each second. Needs 5 GB of di
 8 GB of memory; some 2 minutes on 2 cores. The last line is one JSON object with the
 median GB/s of each reader's rounds, and the least.
 
-On 2 cores of a virtual machine (AMD EPYC) that nothing else used, Python 3.11, chunks
-of 64 rows, with --rounds=4:
+On 2 cores of a virtual machine that nothing else used, Python 3.11, chunks of 64 rows;
+of the machine's memory, two kinds were met. With --rounds=3 on the faster one:
+
+| reader | GB | GB/s | CPU | GB per CPU second |
+|---|---|---|---|---|
+| raw | 4.3 | 9.7, 12.7, 14.2 | 1.0 | 9.7, 12.7, 14.2 |
+| loader | 20 | 4.17, 3.31, 4.20 | 1.7 | 2.0 to 2.3 |
+| rows | 0.02 | 0.0072, 0.0086, 0.0092 | 1.0 | 0.008 |
+
+and with --rounds=4 on the slower:
 
 | reader | GB | GB/s | CPU | GB per CPU second |
 |---|---|---|---|---|
