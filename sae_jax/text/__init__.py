@@ -8,15 +8,15 @@
     *.jsonl *.ndjson, .json       a document for each line, its field `text`
       that holds lines, or .gz
     *.parquet *.arrow             one for each row, its column `text`
-    *.txt.gz                      one, unpacked
-    any other that is UTF-8       one
+    any other that is UTF-8,      one; one for each MiB, or a little more, of a
+      or *.txt.gz                   longer file
 
 A folder gives all its files, whatever mixture of these they are; a folder that
 `datasets` wrote by `save_to_disk` gives its tables; `hf:NAME:SPLIT:CONFIG` is read from
 the Hugging Face Hub. Parquet, Arrow and the Hub want the extra `text`.
 
-A document is named by its file's path below what was given, and the number of the line
-or row from 1: `wiki/part-3.jsonl.gz:17`. A line or row without text is an error.
+A document is named by its file's path below what was given, and the number from 1 of
+the line, row or MiB: `wiki/part-3.jsonl.gz:17`. A line or row without text is an error.
 """
 
 from sae_jax.text.corpus import Corpus, corpus_of, open_corpus, read_documents

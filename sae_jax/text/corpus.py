@@ -83,8 +83,9 @@ class Corpus:
             for document in source.read(*block):
                 held.append(document)
                 n_characters += len(document.text)
-                # What is one document is mixed with others by the permutation.
-                most = len(held) - 1 if source.is_one_document else _SHUFFLED_DOCUMENTS
+                # A block of one document is mixed with others by the permutation.
+                is_mixed = source.is_document_a_block
+                most = len(held) - 1 if is_mixed else _SHUFFLED_DOCUMENTS
                 while len(held) > most or n_characters > _SHUFFLED_CHARACTERS:
                     document = _draw(held, drawn)
                     n_characters -= len(document.text)
@@ -123,7 +124,7 @@ def corpus_of(documents: Iterable[Document]) -> Corpus:
             document.name,
             hashlib.sha256(document.text.encode()).hexdigest(),
             functools.partial(iter, (document,)),
-            is_one_document=True,
+            is_document_a_block=True,
         )
         for document in documents
     ]

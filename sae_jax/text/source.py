@@ -34,13 +34,14 @@ class Source:
 
     `identity` tells its content and how that is read, but not where it lies. The
     documents of `blocks[i]` are `read(*blocks[i])`; they can be read in any order.
+    `is_document_a_block` tells that each block is one document.
     """
 
     name: str
     identity: str
     read: Callable[..., Iterator[Document]]
     blocks: Sequence[Sequence[int]] | NDArray[np.int64] = ((),)
-    is_one_document: bool = False
+    is_document_a_block: bool = False
 
 
 @dataclass(frozen=True, slots=True)
