@@ -301,7 +301,7 @@ def test_text_that_fills_no_chunk_is_refused(tokenizer):
     with pytest.raises(ValueError, match="no text: no document has a token"):
         run(tokenizer, [Document("a", " \n")])
     assert is_heldout("9", EVERY)
-    with pytest.raises(ValueError, match="has 1 documents .* none of them is train"):
+    with pytest.raises(ValueError, match="no document of the text is train: "):
         run(tokenizer, [Document("9", "w3 " * 9)])
     with pytest.raises(ValueError, match="train documents give 0 rows"):
         run(tokenizer, [Document("9", "w3 " * 9), Document("b", "w3")])

@@ -95,10 +95,9 @@ class Packer:
         for split in self._splits.values():
             if not split.n_documents:
                 raise ValueError(
-                    f"the text has {len(self.names)} documents with tokens, and none "
-                    f"of them is {split.name}: whole documents are held out, about one "
-                    f"in {self._heldout_every}; give more files, or JSON lines with a "
-                    "document a line"
+                    f"no document of the text is {split.name}: whole documents are "
+                    f"held out, about one in {self._heldout_every}; give more text, "
+                    "JSON lines with a document a line, or another heldout_every"
                 )
             split.finish()
         for split in self._splits.values():
