@@ -6,6 +6,7 @@ be computed alone. What comes out is a JumpReLU SAE whose thresholds are all θ.
 TopK bears this for a mean L0 up to its K; Multi-TopK also beyond.
 """
 
+import functools
 import math
 
 import jax
@@ -37,15 +38,7 @@ def fit_threshold(sae: TopKSae | BatchTopKSae, acts_bd: jax.Array, l0: float) ->
             f"l0 = {l0} on {len(acts_bd)} rows: must be above 0 and at most n_latents "
             f"= {sae.n_latents}"
         )
-
-    def on_shard(normed_bd, weights):  # type: ignore[no-untyped-def]
-        pre_bl = nnx.relu(sae.project(normed_bd, weights) + weights.get("b_enc_l", 0))
-        n_above_b = lax.psum(jnp.sum(pre_bl > 0, axis=1, dtype=jnp.int32), LATENT)
-        return [topk.nth_largest(pre_bl, n, (DATA, LATENT)) for n in around], n_above_b
-
-    around = (n_kept, n_kept + 1)
-    mapped = sae.on_shards(on_shard, (ROWS,), (P(), P(DATA)))
-    (least, next_to_it), n_above_b = mapped(sae.normalize(acts_bd)[0])
+    (least, next_to_it), n_above_b = _find_largest(sae, acts_bd, n_kept)
     if least == 0:
         mean = np.asarray(n_above_b).mean(dtype=np.float64)
         most = math.floor(1000 * mean) / 1000  # down, so that it can be given
@@ -87,6 +80,23 @@ def with_fixed_threshold(
         )
     graph, _ = nnx.split(abstract)
     return nnx.merge(graph, nnx.State(params))
+
+
+@functools.partial(jax.jit, static_argnames="n_kept")
+def _find_largest(
+    sae: Sae, acts_bd: jax.Array, n_kept: int
+) -> tuple[list[jax.Array], jax.Array]:
+    """The least pre-activation that is kept, the next to it, and how many latents of
+    each row are above 0."""
+
+    def on_shard(normed_bd, weights):  # type: ignore[no-untyped-def]
+        pre_bl = nnx.relu(sae.project(normed_bd, weights) + weights.get("b_enc_l", 0))
+        n_above_b = lax.psum(jnp.sum(pre_bl > 0, axis=1, dtype=jnp.int32), LATENT)
+        around = (n_kept, n_kept + 1)
+        return [topk.nth_largest(pre_bl, n, (DATA, LATENT)) for n in around], n_above_b
+
+    mapped = sae.on_shards(on_shard, (ROWS,), (P(), P(DATA)))
+    return mapped(sae.normalize(acts_bd)[0])
 
 
 def _refuse_others(sae: Sae) -> None:
