@@ -102,7 +102,7 @@ def _compiled(setup: Setup, of: str):
         return gradients.differentiate(setup, params, batch, counters)
 
     def of_auxk(params, rows_bd, counters):
-        """By difference: where AuxK adds nothing it is exactly 0."""
+        """By difference: where AuxK adds nothing, 0 to rounding."""
         without, _ = of_loss(params, rows_bd, counters, without_auxk)
         whole, outcome = of_loss(params, rows_bd, counters, with_auxk)
         return jax.tree.map(jnp.subtract, whole, without), outcome
