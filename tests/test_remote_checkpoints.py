@@ -371,9 +371,11 @@ def test_chunks_divide_shards(monkeypatch, bucket, undisturbed):  # noqa: F811
     assert buckets._cut((10, 8), 4) == (2, 8)
     assert buckets._cut((7, 8), 4) == (1, 8)
     assert buckets._cut((2, 99), 4) == (1, 99)
+    monkeypatch.setattr(buckets, "_MOST_CHUNK_BYTES", 1024)
     store, _, expected = undisturbed
     assert_same(loop.train(make_config(store), bucket), expected)
-    assert any(n.endswith("/w_enc_ld/c/31/0") for n in Folder(bucket).list())
+    # Of four shards of w_enc, two chunks each.
+    assert any(n.endswith("params/w_enc_ld/c/7/0") for n in Folder(bucket).list())
     assert_same(loop.train(make_config(store), bucket), expected)
 
 
