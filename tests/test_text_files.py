@@ -47,6 +47,20 @@ def test_a_file_of_a_mib_is_whole(tmp_path):
         assert "".join(document.text for document in documents) == "x" * n_bytes
 
 
+def test_no_document_is_empty(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * (MIB + 2**16 - 1) + "\n")
+    first, second = read_in_order(tmp_path)
+    assert len(first.text) == MIB and len(second.text) == 2**16
+
+
+def test_documents_of_a_packed_file_are_mixed(tmp_path):
+    write(tmp_path / "a.txt.gz", "words\n" * 2 * MIB)
+    corpus = open_corpus([str(tmp_path)])
+    orders = [[document.name for document in corpus.iterate(seed)] for seed in (0, 1)]
+    assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]
+    assert len(orders[0]) == 12
+
+
 def test_no_character_is_cut(tmp_path):
     for n_before in range(4):
         text = "x" * n_before + "\U0001f9ee" * (MIB // 2)
