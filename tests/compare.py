@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -95,17 +96,22 @@ def _compiled(setup: Setup, of: str):
 
     has_auxk = setup.config.sae.architecture in CHOOSE_K
     if has_auxk:
-        without_auxk, with_auxk = _weigh_auxk(setup, 0.0), _weigh_auxk(setup, 1.0)
+        sae = dataclasses.replace(setup.config.sae, aux_coefficient=1.0)
+        config = dataclasses.replace(setup.config, sae=sae)
+        with_auxk = dataclasses.replace(setup, config=config)
 
     def of_loss(params, rows_bd, counters, setup=setup):
         batch = rows_bd, rows_bd
         return gradients.differentiate(setup, params, batch, counters)
 
     def of_auxk(params, rows_bd, counters):
-        """By difference: where AuxK adds nothing, 0 to rounding."""
-        without, _ = of_loss(params, rows_bd, counters, without_auxk)
-        whole, outcome = of_loss(params, rows_bd, counters, with_auxk)
-        return jax.tree.map(jnp.subtract, whole, without), outcome
+        """What AuxK adds to gradients of 0: where it adds nothing that is exactly 0."""
+        with mock.patch.object(gradients, "_of_parts", of_nothing):
+            return of_loss(params, rows_bd, counters, with_auxk)
+
+    def of_nothing(*batch, of_parts=gradients._of_parts):
+        found, aux = of_parts(*batch)
+        return jax.tree.map(jnp.zeros_like, found), aux
 
     @functools.partial(jax.grad, has_aux=True)
     def of_term(params, rows_bd, counters):
@@ -117,12 +123,6 @@ def _compiled(setup: Setup, of: str):
     if of == "aux_loss" and has_auxk:  # Gated has a term of this name
         run = of_auxk
     return jax.jit(run, compiler_options=QUICK_TO_COMPILE)
-
-
-def _weigh_auxk(setup: Setup, coefficient: float) -> Setup:
-    sae = dataclasses.replace(setup.config.sae, aux_coefficient=coefficient)
-    config = dataclasses.replace(setup.config, sae=sae)
-    return dataclasses.replace(setup, config=config)
 
 
 def _oracles(
